@@ -1,0 +1,533 @@
+"Readers of data sets' layouts: counts of real sets, and what is broken."
+import csv
+import json
+import logging
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reidlit.core import DataError, ReidSet
+from reidlit.data.sets import (WILDTRACK, Grid, _mat_bytes, camera_xml,
+                               crop_folder, market1501, market_rows, mars,
+                               mars_rows, save_market, wildtrack,
+                               wildtrack_cameras, write_mars, write_market1501,
+                               write_wildtrack, writing)
+from reidlit.data.world import World
+from reidlit.geometry import Camera
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get('REIDLIT_REAL', ROOT.parent/'shared'/'data'))
+
+
+def real(name):
+    "Skips a test whose real data is absent."
+    return pytest.mark.skipif(not (REAL/name).exists(), reason=f'{name} is absent')
+
+
+def picture(path, size=(8, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((8, 16), 60).convert('RGB').resize(size).save(path)
+    return path
+
+
+def broken(path):
+    "A picture that ends in the middle."
+    Image.effect_noise((64, 64), 60).convert('RGB').save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data)//2])
+    return path
+
+
+# Market-1501
+
+@real('market1501_lists')
+@pytest.mark.parametrize('part, files, people, junk, distractors', [
+    ('train', 12936, 751, 0, 0), ('query', 3368, 750, 0, 0),
+    ('test', 19732, 750, 3819, 2798)])
+def test_official_lists(part, files, people, junk, distractors):
+    rows = list(csv.reader(open(REAL/'market1501_lists'/f'market1501_{part}.csv')))
+    s = market_rows([path for _, path in rows])
+    assert len(s) == files and not s.dropped
+    assert s.junk.sum() == junk and s.distractor.sum() == distractors
+    assert len(set(s.pids[~(s.junk | s.distractor)])) == people
+    assert set(s.camids) == set(range(6))
+    assert s.pids.tolist() == [int(pid) for pid, _ in rows]
+
+
+@real('market1501_lists')
+def test_official_tree(tmp_path):
+    "The whole release as a tree of empty files: nothing is opened to read it."
+    for part in ('train', 'query', 'test'):
+        for _, path in csv.reader(open(REAL/'market1501_lists'/f'market1501_{part}.csv')):
+            (tmp_path/path).parent.mkdir(exist_ok=True)
+            (tmp_path/path).touch()
+    (tmp_path/'query'/'Thumbs.db').touch()
+    m = market1501(tmp_path)
+    assert [len(s) for s in m.values()] == [12936, 3368, 19732]
+    assert (~m.gallery.junk).sum() == 15913
+    assert str(m.query.dropped) == '1 x not a picture (first: Thumbs.db)'
+    assert set(m.query.pids) <= set(m.gallery.pids)
+    assert not set(m.train.pids) & set(m.gallery.pids)
+
+
+@real('market1501_dev')
+def test_real_crops():
+    m = market1501(REAL/'market1501_dev', verify=True)
+    assert [len(s) for s in m.values()] == [3526, 429, 1324]
+    assert [len(set(s.pids)) for s in m.values()] == [200, 100, 100]
+    assert not any(s.dropped for s in m.values())
+    assert m.train.read(0).shape == (128, 64, 3)
+    pairs = Counter(zip(m.query.pids, m.query.camids))
+    assert set(pairs.values()) == {1}
+
+
+def market_tree(root):
+    for name in ('bounding_box_train/0002_c1s1_000451_03.jpg',
+                 'query/0001_c1s1_000001_00.jpg',
+                 'bounding_box_test/0001_c2s1_000001_00.jpg',
+                 'bounding_box_test/-1_c2s1_000002_00.jpg'):
+        picture(root/name)
+    return root
+
+
+def test_truncated_is_reported_once(tmp_path, caplog):
+    bad = broken(market_tree(tmp_path)/'bounding_box_test'/'0003_c2s1_000001_00.jpg')
+    with caplog.at_level(logging.WARNING, 'reidlit'):
+        m = market1501(tmp_path)
+        assert not caplog.records and len(m.gallery) == 3
+        m = market1501(tmp_path, verify=True)
+    assert len(m.gallery) == 2
+    assert m.gallery.dropped.reasons == {'unreadable picture': [str(bad)]}
+    assert len(caplog.records) == 1 and str(bad) in caplog.text
+
+
+def test_order_does_not_depend_on_the_disk(tmp_path, monkeypatch):
+    market_tree(tmp_path)
+    (tmp_path/'query'/'b.txt').touch()
+    (tmp_path/'query'/'a.txt').touch()
+    first = market1501(tmp_path)
+    walk = os.walk
+    monkeypatch.setattr(os, 'walk', lambda top: ((h, d[::-1], f[::-1]) for h, d, f in walk(top)))
+    again = market1501(tmp_path)
+    assert str(first) == str(again)
+    assert [s.images for s in first.values()] == [s.images for s in again.values()]
+    assert str(first.query.dropped) == str(again.query.dropped)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(DataError, match='nowhere: no such folder; expected folders'):
+        market1501(tmp_path/'nowhere')
+    with pytest.raises(DataError, match='has no bounding_box_train, query'):
+        market1501(tmp_path)
+    picture(tmp_path/'file.jpg')
+    with pytest.raises(DataError, match='file.jpg: no such folder'):
+        market1501(tmp_path/'file.jpg')
+
+
+def test_splits_behave_like_a_dict(tmp_path):
+    m = market1501(market_tree(tmp_path))
+    again = pickle.loads(pickle.dumps(m))
+    assert list(again) == list(m) and str(again) == str(m) and again.name == 'market1501'
+    assert again.train.pids.tolist() == [2]
+    assert not hasattr(m, 'val')
+
+
+# A folder of one's own
+
+def test_crop_folder_forms(tmp_path):
+    for name in ('a/x.jpg', 'b/x.jpg', 'loose.jpg'):
+        picture(tmp_path/'people'/name)
+    s = crop_folder(tmp_path/'people')
+    assert s.pids.tolist() == [0, 1] and s.camids is None and s.tids is None
+    assert s.dropped.reasons == {"not in a person's folder": ['loose.jpg']}
+    s = crop_folder(tmp_path/'people', r'(?P<pid>[ab])/.*')
+    assert s.pids.tolist() == [0, 1] and len(s.dropped) == 1
+    s = crop_folder(tmp_path/'people'/'a')
+    assert s.pids is None and len(s) == 1
+
+
+def test_nothing_is_skipped_in_silence(tmp_path):
+    root = market_tree(tmp_path/'m')
+    picture(root/'query'/'more'/'0001_c2s1_000001_00.jpg')
+    (root/'query'/'.DS_Store').touch()
+    assert sorted(market1501(root).query.dropped.reasons) == ['hidden file', 'subfolder']
+    (tmp_path/'own').mkdir()
+    picture(tmp_path/'own'/'ann'/'1.jpg')
+    (tmp_path/'own'/'bob').symlink_to(root/'query', target_is_directory=True)
+    assert crop_folder(tmp_path/'own').dropped.reasons == {'link to a folder': ['bob']}
+
+
+def test_crop_folder_with_an_optional_group(tmp_path):
+    for name in ('1.jpg', '2_c3.jpg'):
+        picture(tmp_path/name)
+    s = crop_folder(tmp_path, r'(?P<pid>\d)(_c(?P<camid>\d))?\.jpg')
+    assert (s.pids.tolist(), s.camids.tolist(), len(s.dropped)) == ([2], [3], 1)
+
+
+def test_crop_folder_refuses(tmp_path):
+    with pytest.raises(DataError, match='nothing to read'):
+        crop_folder(tmp_path)
+    broken(tmp_path/'a.jpg')
+    with pytest.raises(DataError, match=r'dropped 1 x unreadable picture \(first: .*a.jpg'):
+        crop_folder(tmp_path, verify=True)
+    with pytest.raises(ValueError, match='age'):
+        crop_folder(tmp_path, '(?P<age>.*)')
+
+
+# MARS
+
+NAMES = ['0001C1T0001F001.jpg', '0001C1T0001F002.jpg', '0001C2T0001F001.jpg',
+         '0000C2T0001F001.jpg', '00-1C3T0001F001.jpg', '00-1C3T0001F002.jpg']
+TRACKS = [[1, 2, 1, 1], [3, 3, 1, 2], [4, 4, 0, 2], [5, 6, -1, 3]]
+
+
+def mars_tree(root, tracks=TRACKS, query=((2,),)):
+    for n in NAMES:
+        for k in ('train', 'test'):
+            picture(root/f'bbox_{k}'/n[:4]/n)
+    info = root/'info'
+    info.mkdir()
+    for k in ('train', 'test'):
+        (info/f'{k}_name.txt').write_text('\n'.join(NAMES)+'\n')
+        (info/f'tracks_{k}_info.mat').write_bytes(_mat_bytes(f'track_{k}_info', tracks))
+    (info/'query_IDX.mat').write_bytes(_mat_bytes('query_IDX', query))
+    return root
+
+
+def test_mars(tmp_path):
+    m = mars(mars_tree(tmp_path), verify=True)
+    assert m.gallery.tids.tolist() == [0, 0, 1, 2, 3, 3]
+    assert m.gallery.pids.tolist() == [1, 1, 1, 0, -1, -1]
+    assert m.gallery.camids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert m.gallery.junk.sum() == 2 and m.gallery.distractor.sum() == 1
+    assert m.query.tids.tolist() == [1] and m.query.images == [m.gallery.images[2]]
+    without = mars(tmp_path, gallery_includes_query=False)
+    assert set(without.gallery.tids) == {0, 2, 3}
+    names = mars(tmp_path, info=False)
+    assert sorted(names.gallery.images) == sorted(m.gallery.images)
+    assert Counter(Counter(names.gallery.tids).values()) == {2: 2, 1: 2}
+
+
+@pytest.mark.parametrize('tracks, query, message', [
+    ([[2, 3, 1, 1]], [[1]], 'is in tracklet 1 of person 1, camera 1'),
+    ([[0, 1, 1, 1]], [[1]], 'leaves lines 1 to 6'),
+    ([[1, 7, 1, 1]], [[1]], 'leaves lines 1 to 6'),
+    ([[2, 1, 1, 1]], [[1]], 'leaves lines 1 to 6'),
+    ([[1, 2, 1]], [[1]], r"tracks_train_info.mat: holds .*\(1, 3\)"),
+    (TRACKS, [[0]], 'query_IDX.mat: asks for tracklet 0; expected 1 to 4'),
+    (TRACKS, [[5]], 'query_IDX.mat: asks for tracklet 5; expected 1 to 4')])
+def test_mars_tables_that_do_not_fit(tmp_path, tracks, query, message):
+    with pytest.raises(DataError, match=message):
+        mars(mars_tree(tmp_path, tracks, query))
+
+
+def test_mars_missing_and_broken(tmp_path):
+    mars_tree(tmp_path)
+    mat = tmp_path/'info'/'tracks_test_info.mat'
+    mat.write_bytes(mat.read_bytes()[:140])
+    with pytest.raises(DataError, match='tracks_test_info.mat: not a readable .mat'):
+        mars(tmp_path)
+    mat.unlink()
+    with pytest.raises(DataError, match='has no tracks_test_info.mat; expected .*info=False'):
+        mars(tmp_path)
+
+
+def test_mars_at_its_real_size():
+    "A table of MARS's size (681,089 names, 12,180 tracklets) becomes rows."
+    last = np.linspace(0, 681_089, 12_181).astype(int)[1:]
+    first = np.r_[0, last[:-1]]+1
+    who = np.arange(len(last)) % 637 - 1
+    tag = ['00-1' if p < 0 else f'{p:04d}' for p in who]
+    names = [f'{tag[i]}C1T{i//637+1:04d}F{k-first[i]+1:03d}.jpg'
+             for i in range(len(last)) for k in range(first[i], last[i]+1)]
+    s = mars_rows(names, np.stack([first, last, who, np.ones_like(who)], 1))
+    assert len(s) == 681_089 and not s.dropped
+    assert (np.bincount(s.tids) == last-first+1).all()
+
+
+# WILDTRACK
+
+def wildtrack_tree(root, cameras=2, times=(0, 5, 10), size=(192, 108)):
+    rig = [Camera.look_at((4-3*c, -6, 2.5), (0, 0, 1), size, fov=70)
+           for c in range(cameras)]
+    names = WILDTRACK if cameras == 7 else [f'C{c+1}' for c in range(cameras)]
+    for c, (name, cam) in enumerate(zip(names, rig)):
+        for kind, data in zip(('intrinsic_zero/intr', 'extrinsic/extr'), camera_xml(cam)):
+            f = root/'calibrations'/f'{kind}_{name}.xml'
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.write_bytes(data)
+        for t in times:
+            picture(root/'Image_subsets'/f'C{c+1}'/f'{t:08d}.png', size)
+    (root/'annotations_positions').mkdir()
+    hidden = dict(xmin=-1, ymin=-1, xmax=-1, ymax=-1)
+    box = dict(xmin=10, ymin=20, xmax=30, ymax=80)
+    people = [dict(personID=p, positionID=172920+p, views=[
+        dict(viewNum=c, **(box if c != p else hidden)) for c in range(cameras)])
+        for p in range(cameras)]
+    for t in times:
+        (root/'annotations_positions'/f'{t:08d}.json').write_text(json.dumps(people))
+    return root, rig
+
+
+def test_wildtrack_reads_cameras_boxes_and_split(tmp_path):
+    root, rig = wildtrack_tree(tmp_path, times=range(0, 100, 5))
+    w = wildtrack(root, verify=True)
+    assert [len(set(s.frames)) for s in w.values()] == [18, 2]
+    assert w.train.frames.max() < w.test.frames.min()
+    for a, b in zip(w.cameras, rig):
+        for k in ('K', 'R', 't'):
+            np.testing.assert_allclose(getattr(a, k), getattr(b, k), atol=1e-9)
+    boxes = w.train.boxes(0, 0)
+    assert boxes.pids.tolist() == [1] and boxes.xyxy.tolist() == [[10, 20, 30, 80]]
+    np.testing.assert_allclose(boxes.ground, [[.025, 0]], atol=1e-9)
+    assert w.train.frame(1, 5).shape == (108, 192, 3)
+    assert not w.train.dropped
+    crops = w.test.crops((32, 16))
+    assert isinstance(crops, ReidSet) and crops.images.shape == (4, 32, 16, 3)
+
+
+def test_wildtrack_names_of_seven_cameras(tmp_path):
+    root, rig = wildtrack_tree(tmp_path, cameras=7, times=[0, 5])
+    assert (root/'calibrations'/'extrinsic'/'extr_IDIAP3.xml').exists()
+    w = wildtrack(root)
+    np.testing.assert_allclose([c.t for c in w.cameras], [c.t for c in rig], atol=1e-9)
+
+
+def test_xml_is_what_opencv_reads(tmp_path):
+    cv2 = pytest.importorskip('cv2')
+    cam = Camera.look_at((3, 2, 5), (0, 0, 1), (192, 108), fov=60, dist=[.1, .01, 0, 0])
+    inside, outside = camera_xml(cam)
+    (tmp_path/'intr.xml').write_bytes(inside)
+    store = cv2.FileStorage(str(tmp_path/'intr.xml'), cv2.FILE_STORAGE_READ)
+    np.testing.assert_array_equal(store.getNode('camera_matrix').mat(), cam.K)
+    np.testing.assert_array_equal(
+        store.getNode('distortion_coefficients').mat().ravel(), cam.dist)
+    (tmp_path/'extr.xml').write_bytes(outside)
+    store = cv2.FileStorage(str(tmp_path/'extr.xml'), cv2.FILE_STORAGE_READ)
+    node = store.getNode('rvec')
+    rvec = np.array([node.at(i).real() for i in range(node.size())])
+    np.testing.assert_allclose(cv2.Rodrigues(rvec)[0], cam.R, atol=1e-9)
+
+
+@pytest.mark.parametrize('harm, message', [
+    (lambda r: (r/'annotations_positions'/'00000005.json').write_text('[{'),
+     '00000005.json: not JSON'),
+    (lambda r: (r/'annotations_positions'/'00000005.json').write_text('[{"personID": 1}]'),
+     "00000005.json: person 0: KeyError 'views'"),
+    (lambda r: (r/'annotations_positions'/'00000005.json').write_text(
+        '[{"personID": 1, "positionID": 691200, "views": []}]'),
+     '00000005.json: person 1, frame 5: position 691200'),
+    (lambda r: (r/'calibrations'/'extrinsic'/'extr_C2.xml').write_text('<a><rvec>'),
+     'extr_C2.xml: not readable XML'),
+    (lambda r: (r/'calibrations'/'extrinsic'/'extr_C2.xml').write_text(
+        '<a><rvec>0 0 0</rvec></a>'), 'extr_C2.xml: <tvec> has 0 numbers; expected 3'),
+    (lambda r: (r/'calibrations'/'intrinsic_zero'/'intr_C1.xml').unlink(),
+     'intr_C1.xml: no such file'),
+    (lambda r: (r/'calibrations'/'intrinsic_zero'/'intr_C1.xml').write_text(
+        '<a><camera_matrix>1 2 3 4 5 6 7 8 9</camera_matrix></a>'),
+     'intr_C1.xml: K must be upper triangular'),
+    (lambda r: (r/'Image_subsets'/'C1'/'00000000.png').write_bytes(b'no picture'),
+     '00000000.png: not a readable image'),
+    (lambda r: (r/'reidlit.json').write_text('{}'), 'reidlit.json: no usable grid'),
+    (lambda r: (r/'Image_subsets'/'C2').rename(r/'Image_subsets'/'D'),
+     'C2: no such folder')])
+def test_wildtrack_broken(tmp_path, harm, message):
+    root, _ = wildtrack_tree(tmp_path)
+    harm(root)
+    with pytest.raises(DataError, match=message):
+        wildtrack(root)
+
+
+def test_wildtrack_tally(tmp_path):
+    root, _ = wildtrack_tree(tmp_path)
+    note = root/'annotations_positions'/'00000000.json'
+    people = json.loads(note.read_text())
+    people[0]['views'][1] |= dict(xmin=-20)
+    people[1]['views'][0] |= dict(xmin=500, xmax=600)
+    people.append(dict(people[0], personID=9, views=[dict(
+        viewNum=0, xmin=-1, ymin=-1, xmax=-1, ymax=-1)]))
+    note.write_text(json.dumps(people))
+    (root/'annotations_positions'/'00000010.json').unlink()
+    broken(root/'Image_subsets'/'C1'/'00000005.png')
+    w = wildtrack(root, train_share=1, verify=True)
+    assert {k: len(v) for k, v in w.train.dropped.reasons.items()} == {
+        'picture without annotation': 2, 'box cut at the border (kept)': 1,
+        'box outside the picture': 1, 'person in no view': 1, 'unreadable picture': 1}
+    assert w.train.boxes(1, 0).xyxy.tolist() == [[0, 20, 30, 80]]
+    kept = wildtrack(root, clip=False, train_share=1)
+    assert kept.train.boxes(1, 0).xyxy[0, 0] == -20
+    with pytest.raises(DataError, match='C1.00000000.png: box .* is outside'):
+        kept.train[kept.train.frames == 0].crops((16, 8))
+
+
+@real('wildtrack_calibration')
+def test_wildtrack_real_calibration(tmp_path):
+    "The transcribed real numbers, as files: a real person's foot projects to her box."
+    here = REAL/'wildtrack_calibration'
+    for name, c in json.loads((here/'wildtrack_calibration.json').read_text()).items():
+        K = ' '.join(map(str, np.ravel(c['camera_matrix'])))
+        r, t = (' '.join(map(str, c[k])) for k in ('rvec', 'tvec_cm'))
+        for kind, body in (('intrinsic_zero/intr', '<camera_matrix type_id="opencv-matrix">'
+                            f'<data>{K}</data></camera_matrix>'),
+                           ('extrinsic/extr', f'<rvec>{r}</rvec><tvec>{t}</tvec>')):
+            f = tmp_path/'calibrations'/f'{kind}_{name}.xml'
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.write_text(f'<opencv_storage>{body}</opencv_storage>')
+    cameras = wildtrack_cameras(tmp_path, [(1920, 1080)]*7)
+    assert len(cameras) == 7
+    assert all(1.5 < c.center[2] < 10 for c in cameras)
+    person, = json.loads((here/'one_annotation_00000000.json').read_text())
+    xy = Grid().xy(person['positionID'])
+    for v in person['views']:
+        camera = cameras[v['viewNum']]
+        foot, head = camera.ground_to_image(xy), camera.ground_to_image(xy, 1.8)
+        assert abs(foot[0] - (v['xmin']+v['xmax'])/2) < 9
+        assert abs(foot[1] - v['ymax']) < 1
+        assert abs(head[1] - v['ymin']) < 3
+    (tmp_path/'annotations_positions').mkdir()
+    (tmp_path/'annotations_positions'/'00000000.json').write_text(json.dumps([person]))
+    for c in range(7):
+        picture(tmp_path/'Image_subsets'/f'C{c+1}'/'00000000.png', (1920, 1080))
+    w = wildtrack(tmp_path, train_share=1)
+    assert w.train.boxes(0, 0).xyxy.tolist() == [[1510, 139, 1561, 299]]
+    np.testing.assert_allclose(w.train.boxes(1, 0).ground, [[5.65, 14.775]])
+
+
+# Writers
+
+@pytest.fixture(scope='module')
+def world():
+    return World(people=20, cameras=7, seed=5, crowd=10, size=(160, 90))
+
+
+def content(root):
+    return {f.relative_to(root).as_posix(): f.read_bytes()
+            for f in sorted(root.rglob('*')) if f.is_file()}
+
+
+def test_market_round_trip(tmp_path, world):
+    "The same people, cameras and frames; the same bytes when written again."
+    out = write_market1501(world, tmp_path/'m', per_camera=2, size=(32, 16))
+    m = market1501(out, verify=True)
+    parts = [world.crops('train', 2, (32, 16)), *world.query_gallery('test', 2, (32, 16))]
+    for s, w in zip(m.values(), parts):
+        assert Counter(zip(s.pids-1, s.camids, s.frames)) == \
+            Counter(zip(w.pids, w.camids, w.frames))
+        assert not s.junk.any() and not s.distractor.any() and not s.dropped
+    again = write_market1501(world, tmp_path/'again', per_camera=2, size=(32, 16))
+    assert content(out) == content(again)
+
+
+def test_mars_round_trip(tmp_path, world):
+    out = write_mars(world, tmp_path/'m', length=3, per_camera=1, size=(32, 16))
+    m = mars(out, verify=True)
+    w = world.tracklets('test', 3, 1, (32, 16))
+    assert len(set(m.gallery.tids)) == len(set(w.tids))
+    for t in set(m.gallery.tids):
+        one = m.gallery[m.gallery.tids == t]
+        assert one.frames.tolist() == [1, 2, 3]
+        assert len(set(zip(one.pids, one.camids))) == 1
+    assert Counter(zip(m.gallery.pids-1, m.gallery.camids)) == Counter(zip(w.pids, w.camids))
+    assert content(out) == content(write_mars(world, tmp_path/'n', 3, 1, (32, 16)))
+
+
+@pytest.mark.parametrize('layout', ['ring', 'corridor', 'disjoint'])
+def test_wildtrack_round_trip(tmp_path, layout):
+    world = World(people=20, cameras=3, seed=5, crowd=10, size=(160, 90), layout=layout)
+    out = write_wildtrack(world, tmp_path/'w', times=[0, 5])
+    w = wildtrack(out, clip=False, train_share=1, verify=True)
+    for a, b in zip(w.cameras, world.cameras):
+        for k in ('K', 'R', 't'):
+            np.testing.assert_allclose(getattr(a, k), getattr(b, k), atol=1e-9)
+        assert a.size == b.size
+    assert len(w.train) == 6
+    for t in (0, 5):
+        for c in range(3):
+            a, b = w.train.boxes(c, t), world.boxes(c, t, 'cylinder')
+            order = np.argsort(b.pids)
+            assert a.pids.tolist() == b.pids[order].tolist()
+            np.testing.assert_array_equal(a.xyxy, np.rint(b.xyxy[order]))
+            np.testing.assert_allclose(a.ground, b.ground[order], atol=.0126)
+            np.testing.assert_array_equal(w.train.frame(c, t), world.frame(c, t))
+
+
+def test_seven_cameras_get_their_names_and_rectangles(tmp_path, world):
+    "What others' readers expect: names, view order, and lines of rectangles.pom."
+    out = write_wildtrack(world, tmp_path/'w', times=[0, 5], convention='tight')
+    assert {f.stem for f in (out/'calibrations'/'extrinsic').iterdir()} == {
+        f'extr_{n}' for n in WILDTRACK}
+    rects = {}
+    for line in (out/'rectangles.pom').read_text().splitlines():
+        word, c, cell, *box = line.split()
+        assert word == 'RECTANGLE' and (box == ['notvisible'] or len(box) == 4)
+        rects[int(c), int(cell)] = None if len(box) == 1 else list(map(int, box))
+    for t in (0, 5):
+        for p in json.loads((out/'annotations_positions'/f'{t:08d}.json').read_text()):
+            assert [v['viewNum'] for v in p['views']] == list(range(7))
+            for c, v in enumerate(p['views']):
+                box = [v[k] for k in ('xmin', 'ymin', 'xmax', 'ymax')]
+                assert rects[c, p['positionID']] == (None if box == [-1]*4 else box)
+    assert content(out) == content(write_wildtrack(world, tmp_path/'v', [0, 5], 'tight'))
+
+
+def test_off_the_grid_is_logged(tmp_path, world, caplog):
+    with caplog.at_level(logging.WARNING, 'reidlit'):
+        write_wildtrack(world, tmp_path/'w', times=[0], grid=Grid((40., 40.)))
+    assert 'person off the grid' in caplog.text
+
+
+def test_interrupted_write_is_noticed(tmp_path, world, monkeypatch):
+    out = tmp_path/'m'
+    real_save, calls = Image.Image.save, []
+
+    def full_disk(self, *args, **kw):
+        calls.append(1)
+        if len(calls) > 20: raise OSError(28, 'No space left on device')
+        return real_save(self, *args, **kw)
+
+    monkeypatch.setattr(Image.Image, 'save', full_disk)
+    with pytest.raises(OSError, match='No space'):
+        write_market1501(world, out, per_camera=2, size=(32, 16))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path/'m.partial'/'query').mkdir(parents=True)  # a killed process leaves this
+    with pytest.raises(DataError, match='m: no such folder, but an unfinished write m.partial'):
+        market1501(out)
+    with pytest.raises(DataError, match='m.partial: an unfinished write'):
+        write_market1501(world, out, per_camera=1, size=(32, 16))
+    write_market1501(world, out, per_camera=1, size=(32, 16), overwrite=True)
+    assert [f.name for f in tmp_path.iterdir()] == ['m']
+
+
+def test_overwriting_needs_a_word_and_our_mark(tmp_path):
+    out = tmp_path/'o'
+    with writing(out, 'any') as half: (half/'a').touch()
+    with pytest.raises(DataError, match='not empty'):
+        with writing(out, 'any'): pass
+    with pytest.raises(ZeroDivisionError):
+        with writing(out, 'any', overwrite=True): 1/0
+    assert (out/'a').exists() and len(list(tmp_path.iterdir())) == 1
+    with writing(out, 'any', overwrite=True) as half: (half/'b').touch()
+    assert (out/'b').exists() and not (out/'a').exists()
+    (out/'reidlit.json').unlink()
+    with pytest.raises(DataError, match='holds other data'):
+        with writing(out, 'any', overwrite=True): pass
+    assert (out/'b').exists()
+
+
+def test_flags_are_written_and_read(tmp_path):
+    s = ReidSet(np.zeros((3, 8, 4, 3), np.uint8), [4, 4, 4], [0, 1, 7],
+                junk=[True, False, False], distractor=[False, True, False])
+    save_market(s, tmp_path)
+    again = market_rows(sorted(tmp_path.iterdir()))
+    assert sorted(zip(again.pids, again.camids, again.junk, again.distractor)) == [
+        (-1, 0, True, False), (0, 1, False, True), (4, 7, False, False)]
+    with pytest.raises(ValueError, match='pids 0..4'):
+        save_market(ReidSet(s.images, [4, 4, 0], [0, 1, 2], name='s'), tmp_path)
+    with pytest.raises(ValueError, match='no camera ids'):
+        save_market(ReidSet(s.images, [4, 4, 1], name='s'), tmp_path)
