@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reidlit.metrics.retrieval import (distance_chunks, reid_scores, rerank_chunks,
-    scores_from_distances)
+from reidlit.metrics.rerank import rerank_chunks
+from reidlit.metrics.retrieval import distance_chunks, reid_scores, scores_from_distances
 
 MARKET, MSMT17 = (3368, 15913, 750), (11659, 82161, 3060)  # queries, gallery, people
 

@@ -7,20 +7,23 @@ __all__ = ['app', 'LayoutArg', 'DataArg', 'RootArg', 'PresetArg', 'OutArg', 'Dev
            'train_baseline', 'search', 'write_search', 'diagnosis', 'world', 'train', 'evaluate_run', 'search_folder',
            'reproduce', 'doctor', 'demo_page', 'demo', 'main']
 
-# %% ../nbs/80_cli.ipynb #7640dfc2
+# %% ../nbs/80_cli.ipynb #fa5c1280
 import csv,io,json,logging,os,time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Annotated,Optional
 import matplotlib.pyplot as plt,numpy as np,torch,typer
-from .core import *
-from .data import sets
+from .core import (DataError,Dropped,ReidSet,active_preset,data_home,
+    default_device,rng_for,write_atomic)
+from .data import sets,writers
 from .data.world import World
-from .learner import *
+from .learner import (baseline_learner,baseline_settings,evaluate,
+    extract_features,fast_dtype,fit_resumable,load_model)
 from .metrics.retrieval import pair_distances,pick_threshold
 from .models import weights_file
-from .report import *
+from .report import (Page,data_section,frames_section,map_section,
+    result_section,scores_section,search_section)
 from .results import add_seed,surroundings
 from .viz import show_ranked
 
@@ -179,13 +182,13 @@ def diagnosis()->list: # Lines of text
     has = sorted(p.name for p in home.glob('*') if p.is_dir())
     return lines+[f'data folder {home}: {", ".join(has) or "empty"}']
 
-# %% ../nbs/80_cli.ipynb #dd00d805
+# %% ../nbs/80_cli.ipynb #fc69e946
 app = typer.Typer(no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False,
                   help='Person re-identification, from data to search.')
 LayoutArg = Annotated[str, typer.Option(help='market1501, mars or wildtrack')]
-_LAYOUTS = dict(market1501=sets.write_market1501, mars=sets.write_mars,
-                wildtrack=sets.write_wildtrack)
+_LAYOUTS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
+                wildtrack=writers.write_wildtrack)
 
 @app.command()
 def world(

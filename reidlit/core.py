@@ -6,8 +6,8 @@
 __all__ = ['logger', 'PRESETS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'write_atomic',
            'DataError', 'check_shapes', 'Dropped', 'ReidSet']
 
-# %% ../nbs/00_core.ipynb #e26995ce
-import hashlib,logging,os,random,sys,tempfile
+# %% ../nbs/00_core.ipynb #9203d968
+import hashlib,logging,os,random,tempfile
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import numpy as np,torch

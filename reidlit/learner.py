@@ -8,24 +8,25 @@ __all__ = ['BASELINE', 'ReidDataset', 'SampledLoader', 'ReidLoaders', 'extract_f
            'load_checkpoint', 'Checkpoints', 'fit_resumable', 'StopAfter', 'baseline_settings', 'baseline_learner',
            'load_model']
 
-# %% ../nbs/12_learner.ipynb #cc2b8e35
-import json,time
+# %% ../nbs/12_learner.ipynb #09409a56
+import json
 from pathlib import Path
-import numpy as np,torch,torch.nn.functional as F
-from fastai.callback.schedule import *
+import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle to Learner)
+import matplotlib.pyplot as plt,numpy as np,torch,torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import *
-from fastai.callback.core import *
+from fastai.callback.core import Callback,CancelValidException
+from fastai.learner import Learner
 from fastcore.basics import patch
 from safetensors.torch import load_file,save
-from .core import *
+from .core import (DataError,ReidSet,active_preset,default_device,rng_for,
+    seed_all,write_atomic)
 from .data.augment import Augment
 from .data.sampling import PKSampler
 from .losses import batch_hard_triplet
 from .metrics.retrieval import reid_scores
 from .models import ReidModel,load_backbone
-from .viz import *
+from .viz import camera_color,show_crops,show_ranked
 
 # %% ../nbs/12_learner.ipynb #b3a588f7
 class ReidDataset:

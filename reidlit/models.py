@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TinyNet', 'keep_last_stride', 'backbone', 'GeM', 'GAP', 'BNNeck', 'ReidOutput', 'ReidModel',
-           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'activation_energy',
+           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'occlusion_map',
            'class_activation']
 
-# %% ../nbs/10_models.ipynb #8031fb8e
+# %% ../nbs/10_models.ipynb #2874d5f0
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
-import timm,torch,torch.nn as nn,torch.nn.functional as F,torchvision
-from fastcore.basics import patch
+import timm,torch,torch.nn as nn,torchvision
 from safetensors.torch import load_file
 from torch import Tensor
 from .core import DataError,logger
@@ -241,18 +240,27 @@ def load_backbone(
     logger.info('%s: weights from %s', name, weights)
     return net
 
-# %% ../nbs/10_models.ipynb #c16d2305
+# %% ../nbs/10_models.ipynb #88f092fa
 @torch.no_grad()
-def activation_energy(
-    model:ReidModel, # Any model with a `.body`
-    images:Tensor # `(N,3,H,W)`, normalised as in training
-)->Tensor: # `(N,h,w)`, each map scaled to 0..1
-    "Where the feature map is strong, for each picture."
+def occlusion_map(
+    model:nn.Module, # Crops to features `(N,D)`, in evaluation mode
+    images:Tensor, # `(N,3,H,W)`, normalised
+    grid:tuple=(12, 6), # Rows and columns of covers
+    share:tuple=(.25, .4) # Height and width of a cover, of the picture's
+)->Tensor: # `(N,rows,columns)`, 0 to 2
+    "How far the feature moves when each part is covered (Zeiler and Fergus, 2014)."
     was,_ = model.training,model.eval()
-    energy = model.body(images).float().pow(2).sum(1).sqrt()
+    feature = lambda x: nn.functional.normalize(model(x).float())
+    whole,(n,_,h,w) = feature(images),images.shape
+    ph,pw = max(1, round(h*share[0])),max(1, round(w*share[1]))
+    out = images.new_zeros(n, *grid)
+    for i,y in enumerate(torch.linspace(0, h-ph, grid[0]).round().int().tolist()):
+        for j,x in enumerate(torch.linspace(0, w-pw, grid[1]).round().int().tolist()):
+            covered = images.clone()
+            covered[:, :, y:y+ph, x:x+pw] = 0
+            out[:, i, j] = (feature(covered)-whole).norm(dim=1)
     model.train(was)
-    low,high = energy.amin((1, 2), True),energy.amax((1, 2), True)
-    return (energy-low)/(high-low).clamp(min=1e-9)
+    return out
 
 # %% ../nbs/10_models.ipynb #269d14db
 @torch.no_grad()

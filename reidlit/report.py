@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Page', 'data_section', 'frames_section', 'scores_section', 'search_section', 'map_section', 'result_section']
 
-# %% ../nbs/17_report.ipynb #99cdb114
+# %% ../nbs/17_report.ipynb #1975cdd5
 import base64,html,io
 from pathlib import Path
 import matplotlib.pyplot as plt,numpy as np,torch
-from .core import *
+from .core import ReidSet,write_atomic
 from .data.augment import Augment
 from .metrics.retrieval import pair_distances,pick_threshold
-from .models import activation_energy
+from .models import occlusion_map
 from .results import read_result,result_rows
-from .viz import *
+from .viz import (PALETTE,camera_color,embed_2d,overlay_heat,plot_cmc,
+    plot_distances,plot_embedding,plot_training,show_boxes,show_crops)
 
 # %% ../nbs/17_report.ipynb #3e529c43
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;
@@ -141,7 +142,7 @@ def scores_section(
     page.figure(plot_cmc(dict(untrained=before.cmc, trained=after.cmc)),
                 'Share of searches that find their person in the first k places.')
 
-# %% ../nbs/17_report.ipynb #12ac7d50
+# %% ../nbs/17_report.ipynb #b4a0255f
 def search_section(
     page:Page, # Added to
     learn, # A fitted `ReidLearner`
@@ -162,10 +163,11 @@ def search_section(
     page.figure(plot_distances(pos, neg, chosen.threshold), str(chosen))
     ims = np.stack([query.read(i, learn.dls.size) for i in rows])
     x = Augment.none()(torch.from_numpy(ims).permute(0, 3, 1, 2))
-    heat = activation_energy(learn.model, x.to(learn.dls.device)).cpu().numpy()
+    heat = occlusion_map(learn.model, x.to(learn.dls.device)).cpu().numpy()
     over = [overlay_heat(im, h) for im,h in zip(ims, heat)]
     page.figure(show_crops(np.concatenate([ims, over]), ncols=5),
-                'Above the query, below where the network found something.')
+                'Above the query; below, hot where covering a part changes '
+                'the feature most.')
 
 # %% ../nbs/17_report.ipynb #8d08c1ad
 def map_section(

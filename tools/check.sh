@@ -9,6 +9,7 @@ part 'notebooks clean, library and README in step with them'
 python tools/nbs.py check
 part 'a notebook imports only lower numbers'
 lint-imports
+ruff check -q --isolated --select F401,F405,F821 --exclude _modidx.py reidlit
 part 'every notebook runs, at preset ci'
 python tools/nbs.py test
 part 'the book builds, no broken link'

@@ -1,0 +1,129 @@
+"The command as a user meets it: interrupted, killed, resumed, misused."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+COMMAND = str(Path(sys.executable).with_name('reidlit'))
+REAL = Path(os.environ.get('REIDLIT_REAL', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
+WORLD = ['--people', '40', '--cameras', '2', '--preset', 'ci']
+
+
+def run(*words, **kwargs):
+    return subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, **kwargs)
+
+
+def weights(folder):
+    state = json.loads((folder / 'checkpoint.json').read_text())
+    return state, load_file(folder / state['tensors'])
+
+
+def train(folder, *more):
+    return [COMMAND, 'train', 'baseline', *WORLD, '--epochs', '6', '--out', str(folder), *more]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole')
+    done = subprocess.run(train(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL], ids=['ctrl-c', 'kill'])
+def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
+    folder = tmp_path / 'run'
+    process = subprocess.Popen(train(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.time() + 180
+    while not (folder / 'checkpoint.json').exists() and process.poll() is None:
+        assert time.time() < end
+        time.sleep(.02)
+    process.send_signal(sign)
+    out, _ = process.communicate()
+    done = json.loads((folder / 'checkpoint.json').read_text())['epoch']
+    assert 1 <= done < 6, 'stopped too late to test anything'
+    if sign == signal.SIGINT:
+        assert process.returncode == 130 and '--resume' in out
+    again = subprocess.run(train(folder), capture_output=True, text=True)
+    assert again.returncode == 2 and 'holds a checkpoint' in again.stderr
+    more = subprocess.run(train(folder, '--resume'), capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    (a, x), (b, y) = weights(whole), weights(folder)
+    assert a['history'] == b['history'] and len(a['history']) == 6
+    assert set(x) == set(y) and all(np.array_equal(x[k], y[k]) for k in x)
+    assert len(list(folder.glob('epoch-*.safetensors'))) == 1
+
+
+def test_resume_with_other_settings_is_refused(whole):
+    done = subprocess.run(train(whole, '--resume', '--lr', '.5'), capture_output=True, text=True)
+    assert done.returncode == 2 and "['lr']" in done.stderr
+
+
+def test_broken_checkpoint_is_named(whole, tmp_path):
+    (tmp_path / 'checkpoint.json').write_text((whole / 'checkpoint.json').read_text())
+    done = run('eval', tmp_path, *WORLD[:4])
+    assert done.returncode == 2 and 'epoch-0006.safetensors' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_search_with_and_without_labels(whole, tmp_path):
+    done = run('world', tmp_path / 'w', '--people', 20, '--cameras', 2)
+    assert done.returncode == 0, done.stderr
+    query, gallery = tmp_path / 'w' / 'query', tmp_path / 'w' / 'bounding_box_test'
+    done = run('search', query, gallery, '--run', whole, '--out', tmp_path / 's', '--top', 5)
+    assert done.returncode == 0 and 'right at rank 1' in done.stdout
+    rows = (tmp_path / 's' / 'search.csv').read_text().splitlines()
+    assert len(rows) == 1 + 5 * len(list(query.glob('*.jpg')))
+    plain = tmp_path / 'plain'
+    plain.mkdir()
+    for i, f in enumerate(sorted(gallery.glob('*.jpg'))[:8]):
+        Image.open(f).save(plain / f'visitor {i}.png')
+    done = run('search', plain / 'visitor 0.png', plain, '--run', whole, '--out', tmp_path / 't')
+    rows = (tmp_path / 't' / 'search.csv').read_text().splitlines()
+    assert done.returncode == 0 and len(rows) == 8, 'seven others, the query itself left out'
+    assert all(r.endswith(',') for r in rows[1:])
+
+
+def test_plain_folder_of_people_trains(tmp_path):
+    from reidlit.data.world import World
+    s = World(people=60, cameras=2, seed=1).crops('train', per_camera=2)
+    for i, p in enumerate(s.pids):
+        (tmp_path / 'people' / str(p)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(s.images[i]).save(tmp_path / 'people' / str(p) / f'{i}.jpg')
+    done = run('train', 'baseline', '--data', 'folder', '--root', tmp_path / 'people', '--preset', 'ci',
+               '--epochs', 1, '--out', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr
+    assert 'no camera ids' in done.stdout
+
+
+@pytest.mark.parametrize('words, said', [
+    (['train', 'baseline', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
+    (['train', 'moon'], "method 'moon'"),
+    (['train', 'baseline', '--preset', 'huge'], 'huge'),
+    (['train', 'baseline', '--device', 'cuda:7', '--people', '40', '--preset', 'ci'], 'cuda:7'),
+    (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'checkpoint.json: no such file'),
+    (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
+    (['world', 'out', '--people', 'many'], 'many')])
+def test_misuse_is_one_line(words, said, tmp_path):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not (REAL / 'market1501_dev').is_dir(), reason='no real crops at hand')
+def test_real_crops_beat_chance(tmp_path):
+    "One epoch of the smallest preset on real photographs: the whole path, not the score."
+    done = run('train', 'baseline', '--data', 'market1501', '--root', REAL / 'market1501_dev',
+               '--preset', 'ci', '--epochs', 1, '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / 'scores.json').read_text())
+    assert scores['rules'][0].startswith('429 queries, 4 without a match')
+    assert scores['trained']['mAP'] > scores['untrained']['mAP']

@@ -1,0 +1,79 @@
+"Links lead somewhere, README is in step, and the table of places is true."
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / 'nbs'
+FILES = sorted(NBS.rglob('*.ipynb'))
+FILES = [f for f in FILES if '.ipynb_checkpoints' not in f.parts]
+
+
+def texts(path, kind='markdown'):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in cells if c['cell_type'] == kind]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.relative_to(NBS).as_posix())
+def test_links(path):
+    links = re.findall(r'\]\(([^)#\s]+)', '\n'.join(texts(path)))
+    for link in links:
+        if not re.match(r'https?:|mailto:', link):
+            assert (path.parent / link).exists(), f'{path.name} links to {link}'
+
+
+def test_every_course_notebook_has_its_solutions():
+    for f in NBS.glob('[0-7]*.ipynb'):
+        text = '\n'.join(texts(f))
+        assert '## Questions' in text, f.name
+        assert (NBS / 'solutions' / f.name).exists(), f.name
+        assert f'solutions/{f.name}' in text, f.name
+
+
+def test_readme_links():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    links = re.findall(r'\]\(([^)#\s]+)', text)
+    assert len(links) > 15
+    for link in links:
+        if not re.match(r'https?:', link): assert (ROOT / link).exists(), link
+
+
+def test_readme_is_in_step():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    assert nbs.readme_text() == (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+def places():
+    "Rows of the tables in 91: what, source, notebook, section, names."
+    for text in texts(NBS / '91_where_is_what.ipynb'):
+        for line in text.splitlines():
+            cells = [c.strip() for c in line.strip('|').split('|')]
+            if len(cells) == 5 and '.ipynb' in cells[2]: yield cells
+
+
+def test_where_is_what():
+    rows = list(places())
+    assert len(rows) >= 25
+    for what, source, link, section, names in rows:
+        file = re.search(r'\(([^)]+\.ipynb)\)', link)[1]
+        heads = re.findall(r'^#+ (.+)$', '\n'.join(texts(NBS / file)), re.M)
+        assert section in heads, f'{what}: {file} has no section {section!r}, only {heads}'
+        for name in re.findall(r'`([\w.]+)`', names):
+            module, attribute = name.rsplit('.', 1)
+            assert hasattr(importlib.import_module('reidlit.' + module), attribute), name
+
+
+def test_no_machine_or_registry_in_any_file():
+    bad = re.compile(r'/(?:home|root|Users|work)/\w+|pypi\.org|pythonhosted|registry\.npmjs')
+    for f in [*NBS.rglob('*.ipynb'), *ROOT.glob('*.md'), *ROOT.glob('tools/*'),
+              *ROOT.glob('reidlit/**/*.py'), ROOT / 'constraints.txt', ROOT / 'settings.ini']:
+        if '.ipynb_checkpoints' in f.parts or not f.is_file(): continue
+        text = f.read_text(encoding='utf-8')
+        if f.suffix == '.ipynb':
+            text = re.sub(r'"image/(png|jpeg)": "[^"]*"', '', text)
+        assert not bad.search(text), f'{f}: {bad.search(text)[0]}'
