@@ -4,8 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'LayoutArg', 'DataArg', 'RootArg', 'PresetArg', 'OutArg', 'DeviceArg', 'hold_out', 'open_data', 'open_crops',
-           'train_baseline', 'search', 'write_search', 'diagnosis', 'world', 'train', 'evaluate_run', 'search_folder',
-           'reproduce', 'doctor', 'demo_page', 'demo', 'main']
+           'train_baseline', 'search', 'write_search', 'diagnosis', 'about', 'world', 'train', 'evaluate_run',
+           'search_folder', 'reproduce', 'doctor', 'demo_page', 'demo', 'main']
+
+# %% ../nbs/80_cli.ipynb #2c4b743f
+import warnings
+# fastai uses it; nobody who types the command can act on it
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 
 # %% ../nbs/80_cli.ipynb #fa5c1280
 import csv,io,json,logging,os,time
@@ -49,7 +54,7 @@ def hold_out(
     return sets.Splits(items.name, train=items[rest & ~items.distractor],
                        query=test[is_query], gallery=test[~is_query])
 
-# %% ../nbs/80_cli.ipynb #c0da7248
+# %% ../nbs/80_cli.ipynb #a355aaeb
 def open_data(
     data:str, # `'world'`, `'market1501'` or `'folder'`
     root=None, # The folder of a real set
@@ -62,7 +67,7 @@ def open_data(
     if data not in ('world', 'market1501', 'folder'):
         raise ValueError(f"data {data!r}: expected 'world', 'market1501' or 'folder'")
     if data=='world':
-        w = World(people=people, cameras=cameras, seed=seed)
+        w = World(people, cameras, seed, crowd=min(20, people))
         q,g = w.query_gallery('test', size=size)
         return SimpleNamespace(train=w.crops('train', size=size), query=q, gallery=g,
             val=w.crops('val', size=size), world=w, kind='drawn')
@@ -75,7 +80,7 @@ def open_data(
         s = hold_out(items, seed=seed)
     return SimpleNamespace(**s, val=None, world=None, kind='real')
 
-# %% ../nbs/80_cli.ipynb #19210ae0
+# %% ../nbs/80_cli.ipynb #070f8a79
 def open_crops(
     path # A picture or a folder
 )->ReidSet: # With the labels that names or subfolders tell, else without
@@ -83,8 +88,8 @@ def open_crops(
     path = Path(path)
     if path.is_file(): return ReidSet([path], None, name=path.name)
     items = sets.crop_folder(path)
-    names = [sets.market_name(p.name) for p in items.images]
-    if items.pids is None and all(n is not None for n in names):
+    named = all(sets.MARKET.fullmatch(p.name) for p in items.images)
+    if items.pids is None and named:
         return sets.market_rows(items.images, path.name, Dropped())
     return items
 
@@ -182,10 +187,13 @@ def diagnosis()->list: # Lines of text
     has = sorted(p.name for p in home.glob('*') if p.is_dir())
     return lines+[f'data folder {home}: {", ".join(has) or "empty"}']
 
-# %% ../nbs/80_cli.ipynb #fc69e946
+# %% ../nbs/80_cli.ipynb #24931594
 app = typer.Typer(no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False,
-                  help='Person re-identification, from data to search.')
+                  pretty_exceptions_enable=False, rich_markup_mode=None)
+
+@app.callback()
+def about(): "Person re-identification, from data to search."
+
 LayoutArg = Annotated[str, typer.Option(help='market1501, mars or wildtrack')]
 _LAYOUTS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
                 wildtrack=writers.write_wildtrack)
@@ -200,10 +208,11 @@ def world(
     "Draw a world and write it to OUT in a real set's layout."
     if layout not in _LAYOUTS:
         raise ValueError(f'layout {layout!r}: expected one of {list(_LAYOUTS)}')
-    _LAYOUTS[layout](World(people=people, cameras=cameras, seed=seed), out)
+    w = World(people, cameras, seed, crowd=min(20, people))
+    _LAYOUTS[layout](w, out)
     typer.echo(f'{getattr(sets, layout)(out)}')
 
-# %% ../nbs/80_cli.ipynb #0000c1cd
+# %% ../nbs/80_cli.ipynb #ad0b8390
 DataArg = Annotated[str, typer.Option(help='world, market1501 or folder')]
 RootArg = Annotated[Optional[Path], typer.Option(help='folder of a real set')]
 PresetArg = Annotated[Optional[str], typer.Option(help='ci, laptop or paper')]
@@ -218,14 +227,16 @@ def train(method:Annotated[str, typer.Argument(help='baseline')],
     data:DataArg='world', root:RootArg=None, preset:PresetArg=None,
     out:OutArg=None,
     resume:Annotated[bool, typer.Option('--resume', help='go on from OUT')]=False,
-    epochs:Optional[int]=None, lr:Optional[float]=None, backbone:Optional[str]=None,
+    epochs:Optional[int]=None, lr:Optional[float]=None,
+    backbone:Optional[str]=None,
     weights:Annotated[Optional[str], typer.Option(help='pip, hub or a file')]=None,
+    p:Annotated[Optional[int], typer.Option(help='identities a batch')]=None,
     seed:int=0, people:int=200, cameras:int=6, device:DeviceArg=None):
     "Train METHOD, keep a checkpoint each epoch, score the test people."
     _only_baseline(method)
     kind,preset = 'drawn' if data=='world' else 'real', preset or active_preset()
     settings = baseline_settings(kind, preset, epochs=epochs, lr=lr, seed=seed,
-                                 backbone=backbone, weights=weights)
+                                 backbone=backbone, weights=weights, p=p)
     out = out or data_home('runs', f'{method}-{data}-{preset}')
     d = open_data(data, root, people, cameras, seed, tuple(settings['size']))
     for s in (d.train, d.query, d.gallery): typer.echo(s)
@@ -270,7 +281,7 @@ def search_folder(query:Path, gallery:Path,
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
-# %% ../nbs/80_cli.ipynb #94ca723e
+# %% ../nbs/80_cli.ipynb #f3903bb6
 @app.command()
 def reproduce(paper:Annotated[str, typer.Argument(help='baseline')],
     data:DataArg='world', root:RootArg=None, preset:PresetArg=None,
@@ -282,7 +293,8 @@ def reproduce(paper:Annotated[str, typer.Argument(help='baseline')],
     for seed in map(int, seeds.split(',')):
         settings,start = baseline_settings(kind, preset, seed=seed),time.time()
         d = open_data(data, root, seed=seed, size=tuple(settings['size']))
-        with TemporaryDirectory() as t: run = train_baseline(d, settings, t, device=device)
+        with TemporaryDirectory() as t:
+            run = train_baseline(d, settings, t, device=device)
         values = {n:dict(mAP=s.mAP, rank1=float(s.cmc[0]), mINP=s.mINP)
                   for n,s in (('untrained', run.before), ('trained', run.after))}
         path = results/f'{paper}-{data}-{preset}.json'

@@ -325,7 +325,7 @@ def save_checkpoint(
         if old.name!=name: old.unlink()
     return path
 
-# %% ../nbs/12_learner.ipynb #0bb4b95e
+# %% ../nbs/12_learner.ipynb #91234e50
 def read_checkpoint(
     folder # Written by `save_checkpoint`
 )->tuple[dict,dict]: # The JSON's content, the tensors
@@ -347,6 +347,7 @@ def load_checkpoint(
 )->int: # Epochs done
     "The number of epochs done, after weights, optimiser and history are back."
     state,tensors = read_checkpoint(folder)
+    settings = json.loads(json.dumps(settings)) # as stored: tuples are lists
     if settings is not None and settings!=state['settings']:
         differ = [k for k in {*settings, *state['settings']}
                   if settings.get(k)!=state['settings'].get(k)]

@@ -111,7 +111,7 @@ def test_plain_folder_of_people_trains(tmp_path):
     (['train', 'baseline', '--device', 'cuda:7', '--people', '40', '--preset', 'ci'], 'cuda:7'),
     (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'checkpoint.json: no such file'),
     (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
-    (['world', 'out', '--people', 'many'], 'many')])
+    (['world', 'out', '--people', 'many'], '--people')])
 def test_misuse_is_one_line(words, said, tmp_path):
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr

@@ -339,7 +339,8 @@ def test_wildtrack_tally(tmp_path):
     broken(root/'Image_subsets'/'C1'/'00000005.png')
     w = wildtrack(root, train_share=1, verify=True)
     assert {k: len(v) for k, v in w.train.dropped.reasons.items()} == {
-        'picture without annotation': 2, 'box outside the picture': 1, 'person in no view': 1, 'unreadable picture': 1}
+        'picture without annotation': 2, 'box outside the picture': 1,
+        'person in no view': 1, 'unreadable picture': 1}
     assert w.train.boxes(1, 0).xyxy.tolist() == [[0, 20, 30, 80]]
     assert w.train.xyxy[w.train.cut].tolist() == [[0, 20, 30, 80]]
     assert '(1 cut at the border)' in str(w.train) and str(w.train).endswith(', 5 dropped')

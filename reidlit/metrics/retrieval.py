@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['average_precision', 'ReidScores', 'scores_from_distances', 'distance_chunks', 'reid_scores', 'mars_scores',
-           'Threshold', 'pick_threshold', 'pair_distances', 'rerank_chunks', 'rerank']
+           'Threshold', 'pick_threshold', 'pair_distances']
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #fa72be3f
+# %% ../../nbs/07_metrics.retrieval.ipynb #272b3230
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import numpy as np,torch
 from fastcore.meta import delegates
 from numba import njit
-from scipy import sparse
 from ..core import _labels,check_shapes,default_device,logger
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #1bfb4459
+# %% ../../nbs/07_metrics.retrieval.ipynb #da0a5cc6
 def _precisions(k, r, ap):
     "What hit number `k` at place `r` adds to AP, as `step` or `trapezoid`."
     if ap not in ('step', 'trapezoid'):
@@ -28,18 +27,18 @@ def average_precision(
     places, # Places of the right answers in the list, from 1, `(n,)`
     ap:str='step' # `'step'`: precision at hits; `'trapezoid'`: Market's script
 )->float: # Between 0 and 1; 0 if there is no right answer
-    "Average precision of one ranked list."
+    "Average precision of one ranked list; `ValueError` if places are wrong."
     r = np.sort(np.asarray(places))
     if len(r) and (r[0]<1 or (np.diff(r)==0).any()):
         raise ValueError(f'places: {r}, expected different places from 1')
     terms = _precisions(np.arange(1, len(r)+1), r, ap)
     return float(terms.mean()) if len(r) else 0.
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #c093fb3f
+# %% ../../nbs/07_metrics.retrieval.ipynb #2972c97a
 @njit(nogil=True)
-def _place(x, j, near, right):
+def _gap(x, j, near, right):
     "How many of the sorted right answers stand before picture `j`, at `x`."
-    a,size = 0, len(near)
+    a,size = 0,len(near)
     while size > 0: # Halve the part that can hold the gap, without a branch
         half = (size+1)//2
         a += half if near[a+half-1] < x else 0
@@ -48,62 +47,57 @@ def _place(x, j, near, right):
     return a
 
 @njit(nogil=True)
-def _match_places(d, right, near, start, gone, cut, own, keep, out):
-    "Write the places of each query's sorted right answers to `out`."
-    keep,maybe = keep.copy(),np.empty(d.shape[1], np.int64)
-    for q in range(len(d)):
-        a,b = start[q],start[q+1]
-        if a==b: continue
-        own_kept = own[q]>=0 and keep[own[q]]
-        if own_kept: keep[own[q]] = False
-        for k in range(cut[q], cut[q+1]): keep[gone[k]] = False
-        c,far = 0,near[b-1]
-        for j in range(d.shape[1]): # Whoever may stand before the last one
-            maybe[c] = j
-            c += (d[q, j]<=far) & keep[j]
-        for k in range(c):
-            p = a+_place(d[q, maybe[k]], maybe[k], near[a:b], right[a:b])
-            if p<b: out[p] += 1
-        for p in range(a, b): out[p] += out[p-1] if p>a else 1
-        for k in range(cut[q], cut[q+1]): keep[gone[k]] = True
-        if own_kept: keep[own[q]] = True
+def _match_places(dist, q_pid, q_cam, own, start, g_pid, g_cam, junk, out):
+    "Write the places of each query's right answers to `out`, from `start`."
+    for q in range(len(dist)):
+        d,same = dist[q].copy(),np.flatnonzero(g_pid==q_pid[q])
+        d[junk] = np.nan
+        d[same[g_cam[same]==q_cam[q]]] = np.nan
+        if own[q] >= 0: d[own[q]] = np.nan
+        right = same[~np.isnan(d[same])]
+        if len(right)==0: continue
+        right = right[np.argsort(d[right], kind='mergesort')]
+        near,place = d[right],out[start[q]:]
+        for j in range(len(d)):
+            if d[j] <= near[-1]:
+                k = _gap(d[j], j, near, right)
+                if k < len(near): place[k] += 1
+        place[0] += 1
+        for k in range(1, len(near)): place[k] += place[k-1]
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #cadfb5a7
-def _setup(q_pids, g_pids, q_camids, g_camids, q_junk, g_junk, g_distractor,
-           own):
-    "Labels, checked; the gallery by person; who is asked; distractors."
-    Q,G = len(q_pids),len(g_pids)
-    def flag(x, n, name):
-        return np.zeros(n, bool) if x is None else _ids(x, n, name, bool)
-    q_pids,g_pids = _ids(q_pids, Q, 'q_pids'),_ids(g_pids, G, 'g_pids')
-    if (q_camids is None) != (g_camids is None):
-        raise ValueError('q_camids, g_camids: give both, or neither if unknown')
-    nocams = q_camids is None
-    q_cam = np.zeros(Q, int) if nocams else _ids(q_camids, Q, 'q_camids')
-    g_cam = np.ones(G, int) if nocams else _ids(g_camids, G, 'g_camids')
-    if own is True and Q!=G:
-        raise ValueError(f'exclude_self=True: {Q} queries are not '
-                         f'{G} gallery items')
-    if own is None or own is False: own = np.full(Q, -1)
-    own = np.arange(Q) if own is True else _ids(own, Q, 'exclude_self')
-    if len(own) and (own.min()<-1 or own.max()>=G):
-        raise ValueError(f'exclude_self: {own.min()} to {own.max()}, '
-                         f'gallery has {G}')
-    asked,keep = ~flag(q_junk, Q, 'q_junk'),~flag(g_junk, G, 'g_junk')
-    distractor = flag(g_distractor, G, 'g_distractor')
-    member = np.flatnonzero(keep & ~distractor)
-    member = member[np.argsort(g_pids[member], kind='stable')]
-    people = g_pids[member]
-    lo,hi = (np.searchsorted(people, q_pids, s) for s in ('left', 'right'))
-    return dict(lo=lo, hi=np.where(asked, hi, lo), member=member, q_cam=q_cam,
-        g_cam=g_cam, own=own, keep=keep), asked, distractor & keep
-
+# %% ../../nbs/07_metrics.retrieval.ipynb #3c6b183c
 def _ids(x, n, name, dtype=np.int64):
-    "`x`, array or tensor, as `n` labels."
+    "`x`, array or tensor, as `n` labels; no flag is set if it is `None`."
+    if x is None and dtype is bool: return np.zeros(n, bool)
     if torch.is_tensor(x): x = x.detach().cpu()
     return _labels(x, n, name, dtype)
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #d0f2c5d0
+def _setup(q_pids, g_pids, q_camids, g_camids, q_junk, g_junk, g_distractor,
+           own):
+    "Labels of queries and gallery as the loop takes them, and who is asked."
+    Q,G = len(q_pids),len(g_pids)
+    pid = np.r_[_ids(q_pids, Q, 'q_pids'), _ids(g_pids, G, 'g_pids')]
+    if (q_camids is None) != (g_camids is None):
+        raise ValueError('q_camids, g_camids: give both, or neither if unknown')
+    nocams = q_camids is None # Two numbers that are never the same camera
+    q_cam = np.zeros(Q, int) if nocams else _ids(q_camids, Q, 'q_camids')
+    g_cam = np.ones(G, int) if nocams else _ids(g_camids, G, 'g_camids')
+    if own is True and Q!=G: raise ValueError(
+        f'exclude_self=True: {Q} queries are not {G} gallery items')
+    if own is None or own is False: own = np.full(Q, -1)
+    own = np.arange(Q) if own is True else _ids(own, Q, 'exclude_self')
+    if ((own<-1) | (own>=G)).any(): raise ValueError(
+        f'exclude_self: {own.min()} to {own.max()}, gallery has {G}')
+    asked = ~_ids(q_junk, Q, 'q_junk', bool)
+    junk = _ids(g_junk, G, 'g_junk', bool)
+    distractor = _ids(g_distractor, G, 'g_distractor', bool)
+    if not asked.any(): raise ValueError('q_pids: no query left to ask')
+    pid = np.unique(pid, return_inverse=True)[1]+2
+    q_pid = np.where(asked, pid[:Q], 0)
+    g_pid = np.where(junk | distractor, 1, pid[Q:])
+    return (q_pid, q_cam, own), (g_pid, g_cam, np.flatnonzero(junk)), asked
+
+# %% ../../nbs/07_metrics.retrieval.ipynb #e3a137cb
 def _block(d, rows, G):
     "A block of distances as the loop takes it: floats, no NaN, `G` columns."
     d = d.detach().cpu().numpy() if torch.is_tensor(d) else np.asarray(d)
@@ -114,35 +108,26 @@ def _block(d, rows, G):
     if np.isnan(d).any(): raise ValueError('dist has NaN')
     return np.ascontiguousarray(d)
 
-def _part(d, s, lo, hi, member, q_cam, g_cam, own, keep):
-    "Places of the matches of queries `s`, and each one's number of matches."
-    size,own = (hi-lo)[s],own[s]
-    row,first = np.repeat(np.arange(len(d)), size),np.cumsum(size)-size
-    j = member[np.arange(len(row))+np.repeat(lo[s]-first, size)]
-    valid = (g_cam[j]!=q_cam[s][row]) & (j!=own[row])
-    ends = lambda row: np.searchsorted(row, np.arange(len(d)+1))
-    gone,cut,row,right = j[~valid],ends(row[~valid]),row[valid],j[valid]
-    near,start = d[row, right],ends(row)
-    k = np.lexsort((right, near, row))
-    out = np.zeros(len(k), np.int64)
-    _match_places(d, right[k], near[k], start, gone, cut, own, keep, out)
-    return out, np.diff(start)
-
-def _places(blocks, labels):
-    "Places of all matches, one query after the other, and each query's number."
-    Q,G,at,parts = len(labels['lo']),len(labels['keep']),0,[]
-    threads = torch.get_num_threads()
+def _places(blocks, queries, gallery):
+    "Places of all right answers, query after query, and each one's number."
+    q_pid,g_pid,at = queries[0],gallery[0],0
+    Q,G,threads = len(q_pid),len(g_pid),torch.get_num_threads()
+    size = np.bincount(g_pid, minlength=q_pid.max()+1)[q_pid]
+    start = np.r_[0, size.cumsum()]
+    out = np.zeros(start[-1], np.int64)
     with ThreadPoolExecutor(threads) as pool:
         for d in blocks:
             d = _block(d, Q-at, G)
+            rows = [x[at:] for x in (*queries, start)]
+            def part(s):
+                _match_places(d[s], *(x[s] for x in rows), *gallery, out)
             cuts = np.linspace(0, len(d), 4*threads+1).astype(int)
-            def part(a, b): return _part(d[a:b], slice(at+a, at+b), **labels)
-            parts += pool.map(part, cuts[:-1], cuts[1:])
+            list(pool.map(part, map(slice, cuts, cuts[1:])))
             at += len(d)
     if at!=Q: raise ValueError(f'dist has {at} rows; expected {Q}')
-    return [np.concatenate(p) for p in zip(*parts)]
+    return out[out>0], np.diff(np.r_[0, (out>0).cumsum()][start])
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #f5ffb910
+# %% ../../nbs/07_metrics.retrieval.ipynb #301e660c
 @dataclass
 class ReidScores:
     "How good ranked lists are, and by which rules; prints as a summary."
@@ -161,7 +146,6 @@ class ReidScores:
         parts += [f'mINP {self.mINP:.2%}']
         return '\n'.join([', '.join(parts), *(f'- {r}' for r in self.rules)])
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #4e45c717
 def _score(places, n, asked, ap, max_rank, skip_empty):
     "Means and per-query parts from the places of all matches."
     Q,end = len(n),np.cumsum(n)
@@ -174,14 +158,13 @@ def _score(places, n, asked, ap, max_rank, skip_empty):
     if skip_empty: aps[~some] = np.nan
     first = places[(end-n)[some]]
     found = np.bincount(first[first<=max_rank], minlength=max_rank+1)[1:]
-    total = counts.sum()
-    return ReidScores(float(aps[counts].mean()), found.cumsum()/total,
+    return ReidScores(float(aps[counts].mean()), found.cumsum()/counts.sum(),
         float(inp[counts].mean()), int((asked & ~some).sum()), aps,
         np.split(places, end[:-1]), [])
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #2b64b1bd
+# %% ../../nbs/07_metrics.retrieval.ipynb #8396ee65
 def scores_from_distances(
-    dist, # `(Q,G)` array or tensor, or an iterator over blocks of its rows
+    dist, # `(Q,G)` array or tensor, or blocks of its rows: a list or iterator
     q_pids, # Identities of the queries `(Q,)`
     g_pids, # Identities of the gallery `(G,)`
     q_camids=None, # Cameras of the queries `(Q,)`; `None` if unknown
@@ -196,37 +179,37 @@ def scores_from_distances(
         # `True` if the queries are the gallery
 )->ReidScores: # Scores, and the rules in words
     "Scores of ranked lists; `ValueError` names an argument that does not fit."
-    labels,asked,distr = _setup(q_pids, g_pids, q_camids, g_camids, q_junk,
-                                g_junk, g_distractor, exclude_self)
-    if not asked.any(): raise ValueError('q_pids: no query left to ask')
+    queries,gallery,asked = _setup(q_pids, g_pids, q_camids, g_camids, q_junk,
+                                   g_junk, g_distractor, exclude_self)
     if max_rank<1: raise ValueError(f'max_rank={max_rank}: expected 1 or more')
-    blocks = dist if isinstance(dist, Iterator) else [dist]
-    places,n = _places(blocks, labels)
+    blocks,nocams = [dist] if hasattr(dist, 'ndim') else dist,q_camids is None
+    places,n = _places(blocks, queries, gallery)
     if skip_empty and not n.any(): raise ValueError('no query has a match: ' + (
         'all pictures of their people were removed as seen by the same '
         'camera; if cameras are unknown, leave q_camids and g_camids out'
-        if (labels['hi']>labels['lo']).any() and q_camids is not None
+        if np.isin(queries[0], gallery[0]).any() and not nocams
         else 'q_pids and g_pids have no usable identity in common'))
     s = _score(places, n, asked, ap, max_rank, skip_empty)
-    s.rules = _rules(s, labels, asked, distr, q_camids is None, ap, skip_empty)
+    s.rules = _rules(s, queries, gallery, asked, nocams, ap, skip_empty)
     logger.info('%s', s)
     return s
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #4a3ffcbd
-def _rules(s, labels, asked, distr, nocams, ap, skip_empty):
+# %% ../../nbs/07_metrics.retrieval.ipynb #bdbcd649
+def _rules(s, queries, gallery, asked, nocams, ap, skip_empty):
     "The conventions of a score, a line each."
-    own,keep = labels['own']>=0,labels['keep']
+    (_,_,own),(g_pid,_,junk) = queries,gallery
     out = 'left out of the means' if skip_empty else 'counted as 0'
     mean = 'precision at hits' if ap=='step' else 'as the Market-1501 script'
     line = [f'{asked.sum():,} queries, {s.skipped:,} without a match: {out}']
     if not asked.all():
         line[0] += f'; {(~asked).sum():,} junk queries not asked'
-    line += [f'gallery of {len(keep):,}: {(~keep).sum():,} junk removed, '
-             f'{distr.sum():,} distractors kept as wrong answers']
+    wrong = (g_pid==1).sum()-len(junk)
+    line += [f'gallery of {len(g_pid):,}: {len(junk):,} junk removed, '
+             f'{wrong:,} distractors kept as wrong answers']
     line += ['no camera ids: pictures from the query\'s own camera NOT removed'
              if nocams else 'removed per query: same person in the same camera']
-    if own.any():
-        line += [f'removed per query: the query itself ({own.sum():,})']
+    if (own>=0).any():
+        line += [f'removed per query: the query itself ({(own>=0).sum():,})']
     elif nocams:
         line += ['the query itself NOT removed, should the gallery hold it']
     return line+[f'AP: {ap} ({mean}); ties in gallery order']
@@ -290,7 +273,7 @@ def reid_scores(
     return scores_from_distances(blocks, q_pids, g_pids, q_camids, g_camids,
                                  **kwargs)
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #11fc3381
+# %% ../../nbs/07_metrics.retrieval.ipynb #16035e2d
 def mars_scores(
     features, # One row a test tracklet `(N,D)`, the frames' mean for example
     pids, # Identities `(N,)`
@@ -311,11 +294,10 @@ def mars_scores(
                          f'{n} tracklets')
     gallery = np.arange(n) if gallery_includes_query \
         else np.setdiff1d(np.arange(n), query)
-    take = lambda x,name: None if x is None else _ids(x, n, name, bool)[gallery]
     s = reid_scores(features[query], features[gallery], pids[query],
         pids[gallery], camids[query], camids[gallery], skip_empty=skip_empty,
-        g_junk=take(junk, 'junk'), g_distractor=take(distractor, 'distractor'),
-        **kwargs)
+        g_junk=_ids(junk, n, 'junk', bool)[gallery],
+        g_distractor=_ids(distractor, n, 'distractor', bool)[gallery], **kwargs)
     there = 'in' if gallery_includes_query else 'taken out of'
     s.rules.insert(1, f'queries {there} the gallery')
     return s
@@ -386,7 +368,7 @@ def _sorted(x, name):
     if not np.isfinite(x).all(): raise ValueError(f'{name}: NaN or infinity')
     return x
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #40ee00ab
+# %% ../../nbs/07_metrics.retrieval.ipynb #0183beba
 def pair_distances(
     features, # `(N,D)` array or tensor
     pids, # Identities `(N,)`
@@ -400,57 +382,20 @@ def pair_distances(
 )->tuple: # `(pos, neg)`: distances of one person's pairs, of two people's
     "Distances of pairs of one person and of two; `ValueError` if none."
     x,n = _features(features, 'features', device, metric),len(features)
-    pids,keep = _ids(pids, n, 'pids'),np.ones(n, bool)
     if cross_camera and camids is None:
         raise ValueError('camids: needed for cross_camera=True')
-    if ignore is not None: keep = ~_ids(ignore, n, 'ignore', bool)
-    cams = _ids(camids, n, 'camids') if cross_camera else np.arange(n)
-    x,pids,cams = x[torch.from_numpy(keep).to(x.device)],pids[keep],cams[keep]
+    rows = np.flatnonzero(~_ids(ignore, n, 'ignore', bool))
+    pids = _ids(pids, n, 'pids')[rows]
+    cams = _ids(camids, n, 'camids')[rows] if cross_camera else None
     rng,out = rng or np.random.default_rng(0),[]
-    def pairs(*k):
-        return sum(m*(m-1)//2 for m in _group(np.stack(k, 1))[1].tolist())
-    one = pairs(pids)-pairs(pids, cams)
-    two = pairs(np.zeros_like(pids))-pairs(cams)-one
-    for same,total in ((True, one), (False, two)):
-        if not total: raise ValueError(
+    for same in (True, False):
+        i,j = _pairs(pids, cams, same, max_pairs, rng)
+        if not len(i): raise ValueError(
             f'pids: no pair of {"one person" if same else "two people"}'
             + (' seen by two cameras' if cross_camera else ''))
-        ok = lambda i,j: ((pids[i]==pids[j])==same) & (cams[i]!=cams[j])
-        group = _group(pids[:, None] if same else np.zeros((len(pids), 1), int))
-        i,j = _all_pairs(*group, ok) if max_pairs is None or total<=max_pairs \
-            else _some_pairs(*group, ok, max_pairs, rng)
-        d2 = _pair_d2(x, i, j)
+        d2 = _pair_d2(x, rows[i], rows[j])
         out.append(d2/2 if metric=='cosine' else np.sqrt(d2))
     return tuple(out)
-
-# %% ../../nbs/07_metrics.retrieval.ipynb #ed18e135
-def _group(labels):
-    "Rows in the order of their groups, and the groups' sizes; labels `(N,L)`."
-    _,ids,size = np.unique(labels, axis=0, return_inverse=True,
-                           return_counts=True)
-    return np.argsort(ids.ravel(), kind='stable'), size
-
-def _all_pairs(order, size, ok):
-    "All pairs within groups that are `ok`."
-    parts = []
-    for rows in np.split(order, np.cumsum(size)[:-1]):
-        i,j = np.triu_indices(len(rows), 1)
-        i,j = rows[i],rows[j]
-        k = ok(i, j)
-        parts.append((i[k], j[k]))
-    return tuple(map(np.concatenate, zip(*parts)))
-
-def _some_pairs(order, size, ok, n, rng):
-    "`n` pairs within groups that are `ok`, drawn with equal chances."
-    size = size.astype(float)
-    start,chance,parts = np.cumsum(size)-size,size*size/(size*size).sum(),[]
-    while sum(len(i) for i,_ in parts)<n:
-        g = rng.choice(len(size), n, p=chance)
-        i,j = (order[(start[g]+rng.random(n)*size[g]).astype(int)]
-               for _ in 'ij')
-        k = ok(i, j)
-        parts.append((i[k], j[k]))
-    return tuple(np.concatenate(k)[:n] for k in zip(*parts))
 
 @torch.no_grad()
 def _pair_d2(x, i, j, rows=16384):
@@ -460,108 +405,37 @@ def _pair_d2(x, i, j, rows=16384):
              for a,b in zip(i.split(rows), j.split(rows))]
     return torch.cat(parts).cpu().numpy()
 
-# %% ../../nbs/07_metrics.retrieval.ipynb #8b04ba84
-@njit(nogil=True)
-def _nearest(d, out, best):
-    "Write the columns of each row's smallest distances; ties by column."
-    k = out.shape[1]
-    for r in range(len(d)):
-        best[r] = np.inf
-        for j in range(d.shape[1]):
-            if d[r, j] >= best[r, k-1]: continue
-            p = k-1
-            while p>0 and best[r, p-1] > d[r, j]:
-                best[r, p],out[r, p] = best[r, p-1],out[r, p-1]
-                p -= 1
-            best[r, p],out[r, p] = d[r, j],j
+# %% ../../nbs/07_metrics.retrieval.ipynb #95e58ceb
+def _stretches(key, wide, i, same, cross):
+    "Where in sorted keys `major*wide+minor` rows `i` have no partners."
+    at,(major,minor) = lambda k: np.searchsorted(key, k),np.divmod(key[i], wide)
+    if same: # Before the person, in the own camera, behind the person
+        yield 0, at(major*wide)
+        yield at(key[i]), at(key[i]+1)
+        yield at((major+1)*wide), len(key)
+        return
+    for camera in range(key[-1]//wide+1): # The person; the whole own camera
+        own = cross & (major==camera)
+        a,b = np.where(own, 0, minor),np.where(own, wide, minor+1)
+        yield at(camera*wide+a), at(camera*wide+b)
 
-def _neighbours(x, k, memory_mb):
-    "Each row's `k` nearest, itself first, and its largest squared distance."
-    out,far,at = np.zeros((len(x), k), np.int32),np.zeros(len(x), np.float64),0
-    for d in distance_chunks(x, x, memory_mb=memory_mb, device=x.device):
-        s,rows = slice(at, at+len(d)),np.arange(len(d))
-        far[s] = d.max(1).astype(float)**2
-        d[rows, at+rows] = -1
-        _nearest(d, out[s], np.empty((len(d), k), d.dtype))
-        at += len(d)
-    return out, far
-
-# %% ../../nbs/07_metrics.retrieval.ipynb #f87b9795
-def _mutual(nb):
-    "Sparse `(N,N)` with a 1 where both rows list each other."
-    n,k = nb.shape
-    ij = np.repeat(np.arange(n), k),nb.ravel()
-    a = sparse.csr_matrix((np.ones(n*k, np.int32), ij), (n, n))
-    return a.multiply(a.T).tocsr()
-
-def _circles(nb, k1):
-    "Sparse `(N,N)`: mutual neighbours, and friends' circles that overlap."
-    r,h = _mutual(nb[:, :k1+1]),_mutual(nb[:, :int(np.around(k1/2))+1])
-    shared = (r@h.T).multiply(r).tocoo()
-    size = np.asarray(h.sum(1)).ravel()
-    take = 3*shared.data > 2*size[shared.col]
-    ij = shared.row[take],shared.col[take]
-    add = sparse.csr_matrix((np.ones(take.sum(), np.int32), ij), r.shape)
-    return (r + add@h).tocoo()
-
-# %% ../../nbs/07_metrics.retrieval.ipynb #71a51871
-def _encode(x, k1, k2, memory_mb):
-    "Sparse weights over neighbours `(N,N)`; largest squared distances."
-    n = len(x)
-    nb,far = _neighbours(x, min(n, max(k1+1, k2)), memory_mb)
-    far = np.maximum(far, np.finfo(float).tiny)
-    c = _circles(nb, k1)
-    w = np.exp(-_pair_d2(x, c.row, c.col)/far[c.row])
-    w /= np.bincount(c.row, w, n)[c.row]
-    v,near = sparse.csr_matrix((w, (c.row, c.col)), (n, n)),nb[:, :k2]
-    ij = np.repeat(np.arange(n), near.shape[1]),near.ravel()
-    mean = sparse.csr_matrix((np.full(near.size, 1/near.shape[1]), ij), (n, n))
-    return mean@v, far
-
-@njit(nogil=True)
-def _overlaps(q_ptr, q_col, q_val, g_ptr, g_row, g_val, out):
-    "Add to `out` the sums of minima of sparse rows and gallery columns."
-    for r in range(len(out)):
-        for k in range(q_ptr[r], q_ptr[r+1]):
-            for m in range(g_ptr[q_col[k]], g_ptr[q_col[k]+1]):
-                out[r, g_row[m]] += min(q_val[k], g_val[m])
-
-# %% ../../nbs/07_metrics.retrieval.ipynb #42e28767
-def rerank_chunks(
-    query, # `(Q,D)` array or tensor
-    gallery, # `(G,D)` array or tensor
-    *, k1:int=20, # Neighbours that may be reciprocal
-    k2:int=6, # Neighbours to average over, itself included; 1 is none
-    lam:float=.3, # Share of the first distance, lambda in the paper
-    metric:str='euclidean', # `'cosine'` takes unit rows, then the same
-    memory_mb:int=256, # For the distances of one block
-    device=None # Where to compute; `None` is a GPU if there is one
-)->Iterator: # Blocks of rows of the `(Q,G)` re-ranked distances, NumPy
-    "k-reciprocal distances, Zhong et al. 2017; `ValueError` if misfit."
-    if k1<1 or k2<1: raise ValueError(f'k1={k1}, k2={k2}: expected 1 or more')
-    if not 0<=lam<=1: raise ValueError(f'lam={lam}: expected 0 to 1')
-    q = _features(query, 'query', device, metric)
-    g = _features(gallery, 'gallery', device, metric)
-    check_shapes(query=(q, 'Q D'), gallery=(g, 'G D'))
-    v,far = _encode(torch.cat([q, g]), k1, k2, memory_mb)
-    cols = v[len(q):].tocsc()
-    def blocks(at=0):
-        for d in distance_chunks(q, g, memory_mb=memory_mb/2, device=device):
-            s,shared = slice(at, at+len(d)),np.zeros_like(d)
-            rows = v[s]
-            _overlaps(rows.indptr, rows.indices, rows.data, cols.indptr,
-                      cols.indices, cols.data, shared)
-            jaccard = 1-shared/(2-shared)
-            yield (1-lam)*jaccard + lam*(d*d/far[s, None]).astype(d.dtype)
-            at += len(d)
-    return blocks()
-
-# %% ../../nbs/07_metrics.retrieval.ipynb #ca042742
-@delegates(rerank_chunks)
-def rerank(
-    query, # `(Q,D)` array or tensor
-    gallery, # `(G,D)` array or tensor
-    **kwargs # `k1`, `k2`, ... of `rerank_chunks`
-)->np.ndarray: # `(Q,G)`, between 0 and 1
-    "All k-reciprocal distances at once; errors as `rerank_chunks`."
-    return np.concatenate(list(rerank_chunks(query, gallery, **kwargs)))
+def _pairs(pids, cams, same, most, rng):
+    "Rows `i`, `j` of pairs of one person (`same`) or two, at most `most`."
+    n,cross = len(pids),cams is not None
+    if not cross: cams = np.arange(n) if same else np.zeros(n, int)
+    labels = (pids, cams) if same else (cams, pids)
+    major,minor = (np.unique(k, return_inverse=True)[1] for k in labels)
+    wide = minor.max(initial=0)+1
+    order = np.argsort(major*wide+minor, kind='stable')
+    key = (major*wide+minor)[order]
+    gaps = lambda i: _stretches(key, wide, i, same, cross)
+    free = n-sum(b-a for a,b in gaps(np.arange(n))) # Partners of each row
+    if every := most is None or free.sum()<=2*most:
+        i = np.repeat(np.arange(n), free)
+        j = np.arange(len(i))-np.repeat(free.cumsum()-free, free)
+    else:
+        i = rng.choice(n, most, p=free/free.sum())
+        j = rng.integers(0, free[i])
+    for a,b in gaps(i): j = np.where(j>=a, j+b-a, j)
+    if every: i,j = i[i<j],j[i<j]
+    return order[i], order[j]
