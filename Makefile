@@ -19,7 +19,7 @@ test: .venv/installed
 	bash tools/check.sh
 
 lab: .venv/installed
-	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/jupyter lab nbs
+	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 book: .venv/installed
 	bash tools/book.sh

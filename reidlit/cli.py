@@ -54,7 +54,7 @@ def hold_out(
     return sets.Splits(items.name, train=items[rest & ~items.distractor],
                        query=test[is_query], gallery=test[~is_query])
 
-# %% ../nbs/80_cli.ipynb #a355aaeb
+# %% ../nbs/80_cli.ipynb #9f7b955e
 def open_data(
     data:str, # `'world'`, `'market1501'` or `'folder'`
     root=None, # The folder of a real set
@@ -67,7 +67,7 @@ def open_data(
     if data not in ('world', 'market1501', 'folder'):
         raise ValueError(f"data {data!r}: expected 'world', 'market1501' or 'folder'")
     if data=='world':
-        w = World(people, cameras, seed, crowd=min(20, people))
+        w = World(people, cameras, seed)
         q,g = w.query_gallery('test', size=size)
         return SimpleNamespace(train=w.crops('train', size=size), query=q, gallery=g,
             val=w.crops('val', size=size), world=w, kind='drawn')
@@ -187,7 +187,7 @@ def diagnosis()->list: # Lines of text
     has = sorted(p.name for p in home.glob('*') if p.is_dir())
     return lines+[f'data folder {home}: {", ".join(has) or "empty"}']
 
-# %% ../nbs/80_cli.ipynb #24931594
+# %% ../nbs/80_cli.ipynb #70e9b1fd
 app = typer.Typer(no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -208,8 +208,7 @@ def world(
     "Draw a world and write it to OUT in a real set's layout."
     if layout not in _LAYOUTS:
         raise ValueError(f'layout {layout!r}: expected one of {list(_LAYOUTS)}')
-    w = World(people, cameras, seed, crowd=min(20, people))
-    _LAYOUTS[layout](w, out)
+    _LAYOUTS[layout](World(people, cameras, seed), out)
     typer.echo(f'{getattr(sets, layout)(out)}')
 
 # %% ../nbs/80_cli.ipynb #ad0b8390
