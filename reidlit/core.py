@@ -32,13 +32,16 @@ def rng_for(
     digest = hashlib.sha256(text).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], 'little'))
 
-# %% ../nbs/00_core.ipynb #25624065
+# %% ../nbs/00_core.ipynb #a7782d94
 def default_device(
     name:str|torch.device|None=None # `'cpu'`, `'cuda'`, `'cuda:1'`; `None` chooses
 )->torch.device: # A device that exists on this machine
     "The asked-for device, or the best one here; raises `ValueError` if absent."
     if name is None: name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    device = torch.device(name)
+    try: device = torch.device(name)
+    except RuntimeError:
+        expected = "expected 'cpu', 'cuda', 'cuda:1' ..."
+        raise ValueError(f'device {name!r}: {expected}') from None
     n = torch.cuda.device_count()
     if device.type=='cuda' and (device.index or 0) >= n:
         raise ValueError(f'device {device} asked for, PyTorch sees {n} GPUs')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'ReidDataset', 'SampledLoader', 'ReidLoaders', 'extract_features', 'evaluate', 'BaselineLoss', 'Retrieval',
-           'EpochSeed', 'ReidLearner', 'Autocast', 'fast_dtype', 'reid_learner', 'save_checkpoint', 'read_checkpoint',
+           'EpochSeed', 'ReidLearner', 'fast_dtype', 'reid_learner', 'save_checkpoint', 'read_checkpoint',
            'load_checkpoint', 'Checkpoints', 'fit_resumable', 'StopAfter', 'baseline_settings', 'baseline_learner',
            'load_model']
 
@@ -104,15 +104,14 @@ def show_batch(self:ReidLoaders,
     names = [f'id {self.classes[i]}' for i in y[:n].tolist()]
     return show_crops(images, names, colors, ncols)
 
-# %% ../nbs/12_learner.ipynb #893c7011
+# %% ../nbs/12_learner.ipynb #795c2a5e
 @torch.no_grad()
 def extract_features(
     model, # Crops `(N,3,H,W)` to features `(N,D)` when in evaluation mode
     items:ReidSet, # Pictures
     size:tuple, # `(H,W)` of the network's input
     flip:bool=True, # Add the features of the mirrored picture?
-    batch:int=128, # Pictures at a time
-    dtype=None # `torch.bfloat16` for autocast
+    batch:int=128 # Pictures at a time
 )->torch.Tensor: # `(N,D)` float32 on the CPU, rows of length 1
     "Features of every picture, in order."
     was,device = model.training,next(model.parameters()).device
@@ -122,26 +121,24 @@ def extract_features(
         x = np.stack([items.read(j, size)
                       for j in range(i, min(i+batch, len(items)))])
         x = prepare(torch.from_numpy(x).permute(0, 3, 1, 2).to(device))
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            f = model(x).float()
-            if flip: f = f+model(x.flip(3)).float()
+        f = model(x).float()
+        if flip: f = f+model(x.flip(3)).float()
         out.append(F.normalize(f).cpu())
     model.train(was)
     return torch.cat(out)
 
-# %% ../nbs/12_learner.ipynb #37aaca4a
+# %% ../nbs/12_learner.ipynb #299aea66
 def evaluate(
     model, # As for `extract_features`
     query:ReidSet, # One search each
     gallery:ReidSet, # What is searched
     size:tuple, # `(H,W)` of the network's input
     flip:bool=True, # As for `extract_features`
-    dtype=None, # As for `extract_features`
     **kwargs # For `reid_scores`: `ap=`, ...
 ): # What `reid_scores` returns
     "Retrieval scores of a model; flags and cameras come from the sets."
-    q,g = [extract_features(model, s, size, flip, dtype=dtype)
-           for s in (query, gallery)]
+    q,g = [extract_features(model, s, size, flip) for s in (query, gallery)]
+    kwargs.setdefault('device', next(model.parameters()).device)
     return reid_scores(q, g, query.pids, gallery.pids, query.camids,
                        gallery.camids, g_junk=gallery.junk,
                        g_distractor=gallery.distractor, **kwargs)
@@ -195,7 +192,7 @@ class Retrieval(Callback):
         self.recorder.log[1:] = [row['train_loss'], *[row.get(k, float('nan'))
             for k in ('mAP', 'rank1')[:2*(self.query is not None)]]]
 
-# %% ../nbs/12_learner.ipynb #339a5aa3
+# %% ../nbs/12_learner.ipynb #81d2daf9
 class EpochSeed(Callback):
     "Seeds every epoch by its number, so that training can be resumed exactly."
     order = -20
@@ -210,46 +207,27 @@ class EpochSeed(Callback):
 
 class ReidLearner(Learner):
     "fastai's `Learner`, for models that describe people."
-    dtype = None # of autocast, set by `reid_learner`
-
     def features(self, items, flip=True):
         "Features `(N,D)` of a `ReidSet`."
-        return extract_features(self.model, items, self.dls.size, flip,
-                                dtype=self.dtype)
+        return extract_features(self.model, items, self.dls.size, flip)
 
     def evaluate(self, query, gallery, flip=True, **kwargs):
         "Retrieval scores on any query and gallery."
-        return evaluate(self.model, query, gallery, self.dls.size, flip,
-                        self.dtype, **kwargs)
+        return evaluate(self.model, query, gallery, self.dls.size, flip, **kwargs)
 
-# %% ../nbs/12_learner.ipynb #55e4df90
-class Autocast(Callback):
-    "Runs model and loss under autocast on the model's device."
-    order = 10
-    def __init__(self,
-        dtype=torch.bfloat16 # 16-bit type
-    ): self.dtype = dtype
-
-    def before_batch(self):
-        self.context = torch.autocast(self.dls.device.type, self.dtype)
-        self.context.__enter__()
-    def after_loss(self): self._leave()
-    def after_cancel_batch(self): self._leave()
-    def _leave(self):
-        if self.context is not None: self.context.__exit__(None, None, None)
-        self.context = None
-
+# %% ../nbs/12_learner.ipynb #766ebe59
 def fast_dtype(
     device # Where training runs
 ): # `torch.bfloat16`, or `None` for float32
     "The 16-bit type that this device multiplies faster than float32, if any."
     if torch.device(device).type=='cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else None
     probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     fast = any(getattr(torch.cpu, p, bool)() for p in probes)
     return torch.bfloat16 if fast else None
 
-# %% ../nbs/12_learner.ipynb #1d53c0c6
+# %% ../nbs/12_learner.ipynb #abfd1edc
 def reid_learner(
     dls:ReidLoaders, # Training batches
     model, # A `ReidModel` with `len(dls.classes)` classes
@@ -258,22 +236,18 @@ def reid_learner(
     loss=None, # `loss(pred, classes, cameras, rows)`; `None`: `BaselineLoss()`
     lr:float=3.5e-4, # Highest learning rate
     wd:float=5e-4, # Weight decay (decoupled)
-    dtype=None, # Autocast to this 16-bit type
     every:int=1, # Epochs between scores
     seed:int=0, # Of batches and augmentation
     cbs=() # More callbacks
 )->ReidLearner: # Ready to fit
     "A learner for re-identification, on the loaders' device."
     model = model.to(dls.device)
-    if dls.device.type=='cuda' or dtype is not None:
+    if dls.device.type=='cuda' or getattr(model, 'dtype', None):
         model = model.to(memory_format=torch.channels_last)
     cbs = [Retrieval(query, gallery, every), EpochSeed(seed), *cbs]
-    if dtype is not None: cbs.append(Autocast(dtype))
-    learn = ReidLearner(dls, model, loss or BaselineLoss(), lr=lr, wd=wd, cbs=cbs)
-    learn.dtype = dtype
-    return learn
+    return ReidLearner(dls, model, loss or BaselineLoss(), lr=lr, wd=wd, cbs=cbs)
 
-# %% ../nbs/12_learner.ipynb #b4f9b4e2
+# %% ../nbs/12_learner.ipynb #85120df2
 @patch
 def show_results(self:ReidLearner,
     query:ReidSet, # Searches
@@ -289,7 +263,9 @@ def show_results(self:ReidLearner,
         off = gallery.junk.copy()
         if query.camids is not None and gallery.camids is not None:
             off |= (gallery.pids==query.pids[row]) & (gallery.camids==query.camids[row])
-        best = np.argsort(np.where(off, np.inf, d), kind='stable')[:n]
+        best = np.argsort(np.where(off, np.inf, d), kind='stable')
+        best = best[:min(n, (~off).sum())]
+        if not len(best): ax.set_title('nothing to show'); continue
         size = self.dls.size
         show_ranked(query.read(row, size), [gallery.read(i, size) for i in best],
                     gallery.pids[best]==query.pids[row], d[best], ax=ax)
@@ -403,7 +379,7 @@ class StopAfter(Callback):
     def after_validate(self):
         if self.epoch+1==self.epochs: raise KeyboardInterrupt
 
-# %% ../nbs/12_learner.ipynb #896d3100
+# %% ../nbs/12_learner.ipynb #556af4e5
 _TINY = dict(backbone='tiny', weights=None, size=(64, 32), lr=3e-3, wd=.05)
 _MOBILE = dict(backbone='mobilenet_v2', weights='pip', size=(128, 64), lr=1e-3, wd=.01)
 _LARGE = dict(backbone='resnet50', weights='hub', size=(256, 128), lr=3.5e-4, wd=5e-4)
@@ -418,7 +394,7 @@ BASELINE = { # (kind of pictures, preset) to settings
 def baseline_settings(
     kind:str, # `'drawn'` or `'real'` pictures
     preset:str|None=None, # `'ci'`, `'laptop'`, `'paper'`; `None` is the active one
-    **changes # Instead of the preset's values
+    **changes # Instead of the preset's values; `weights='none'` is a random start
 )->dict: # Keyword arguments of `train_baseline`
     "The settings of a preset, changed where asked."
     preset = preset or active_preset()
@@ -427,9 +403,15 @@ def baseline_settings(
     out = dict(BASELINE[kind, preset], p=16, k=4, pool='gap', seed=0)
     if unknown := set(changes)-set(out):
         raise ValueError(f'unknown settings {sorted(unknown)}: {sorted(out)}')
-    return out | {k:v for k,v in changes.items() if v is not None}
+    out |= {k:v for k,v in changes.items() if v is not None}
+    if out['weights']=='none': out['weights'] = None
+    return out
 
-# %% ../nbs/12_learner.ipynb #5c32842f
+# %% ../nbs/12_learner.ipynb #cc49fb57
+def _dtype(settings, device):
+    "16 bits where they are faster; never for the tiny network."
+    return None if settings['backbone']=='tiny' else fast_dtype(device)
+
 def baseline_learner(
     train:ReidSet, # Training pictures
     query:ReidSet|None, # Scored each epoch, with
@@ -444,10 +426,10 @@ def baseline_learner(
     dls = ReidLoaders(train, tuple(s['size']), s['p'], s['k'], device=device,
                       seed=s['seed'])
     body = load_backbone(s['backbone'], s['weights'])
-    model = ReidModel(body, len(dls.classes), s['pool'])
-    dtype = fast_dtype(device) if amp and s['backbone']!='tiny' else None
+    dtype = _dtype(s, device) if amp else None
+    model = ReidModel(body, len(dls.classes), s['pool'], dtype=dtype)
     return reid_learner(dls, model, query, gallery, lr=s['lr'], wd=s['wd'],
-                        dtype=dtype, seed=s['seed'])
+                        seed=s['seed'])
 
 def load_model(
     folder, # Written by `fit_resumable`
@@ -455,9 +437,9 @@ def load_model(
 )->tuple[ReidModel,dict]: # Model in evaluation mode, its settings
     "A trained model without its classifier, ready for `extract_features`."
     state,tensors = read_checkpoint(folder)
-    s = state['settings']
-    model = ReidModel(s['backbone'], pool=s['pool'])
+    s,device = state['settings'],default_device(device)
+    model = ReidModel(s['backbone'], pool=s['pool'], dtype=_dtype(s, device))
     weights = {k[6:]:v for k,v in tensors.items() if k.startswith('model.')}
     weights.pop('classifier.weight', None)
     model.load_state_dict(weights)
-    return model.eval().to(default_device(device)),s
+    return model.eval().to(device),s

@@ -108,7 +108,7 @@ class BNNeck(nn.BatchNorm1d):
         super().__init__(dim)
         self.bias.requires_grad_(False)
 
-# %% ../nbs/10_models.ipynb #7a77f86c
+# %% ../nbs/10_models.ipynb #84f8fbd2
 class ReidOutput(NamedTuple):
     "What a `ReidModel` returns in training."
     pooled:Tensor # `(N,D)`, before the neck: for triplet losses
@@ -122,18 +122,22 @@ class ReidModel(nn.Module):
         n_classes:int=0, # Training identities; 0 for no classifier
         pool:str='gap', # `'gap'` or `'gem'`
         last_stride:int=1, # For a backbone given by name
+        dtype=None # 16-bit type of the backbone's arithmetic, `None` for 32 bits
     ):
         super().__init__()
         pools = dict(gap=GAP, gem=GeM)
         if pool not in pools: raise ValueError(f"pool {pool!r}: 'gap' or 'gem'")
         self.body = backbone(body, last_stride) if isinstance(body, str) else body
-        self.num_features = d = self.body.num_features
+        self.num_features,self.dtype = self.body.num_features,dtype
+        d = self.num_features
         self.pool,self.neck = pools[pool](),BNNeck(d)
         self.classifier = nn.Linear(d, n_classes, bias=False) if n_classes else None
         if n_classes: nn.init.normal_(self.classifier.weight, std=.001)
 
     def forward(self, x):
-        pooled = self.pool(self.body(x))
+        with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
+            maps = self.body(x)
+        pooled = self.pool(maps) # in 32 bits again
         embedding = self.neck(pooled)
         if not self.training: return embedding
         logits = self.classifier(embedding) if self.classifier else None
@@ -193,7 +197,7 @@ def read_weights(
     return {k.removeprefix('module.'):v for k,v in state.items()
             if isinstance(v, Tensor)}
 
-# %% ../nbs/10_models.ipynb #fee0ef5f
+# %% ../nbs/10_models.ipynb #8b13cdf0
 def match_weights(
     state:dict, # Names to tensors, from a file
     target:dict # The network's own `state_dict()`
@@ -204,7 +208,8 @@ def match_weights(
     if len(state) < len(target):
         raise ValueError(f'{len(state)} tensors, the network has {len(target)}')
     for k,s in pairs:
-        if state[s].shape!=target[k].shape:
+        kind = k.rsplit('.')[-1]==s.rsplit('.')[-1]
+        if state[s].shape!=target[k].shape or not kind:
             raise ValueError(f'{s} {tuple(state[s].shape)} does not fit '
                              f'{k} {tuple(target[k].shape)}')
     return {k:state[s] for k,s in pairs}

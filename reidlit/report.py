@@ -142,7 +142,7 @@ def scores_section(
     page.figure(plot_cmc(dict(untrained=before.cmc, trained=after.cmc)),
                 'Share of searches that find their person in the first k places.')
 
-# %% ../nbs/17_report.ipynb #b4a0255f
+# %% ../nbs/17_report.ipynb #76abae5d
 def search_section(
     page:Page, # Added to
     learn, # A fitted `ReidLearner`
@@ -158,7 +158,7 @@ def search_section(
     page.figure(plt.gcf(), 'Queries and their nearest pictures from other '
                 'cameras: green is right, red is wrong; below, the distance.')
     pos,neg = pair_distances(learn.features(validation), validation.pids,
-                             validation.camids)
+                             validation.camids, device=learn.dls.device)
     chosen = pick_threshold(pos, neg, fmr=fmr)
     page.figure(plot_distances(pos, neg, chosen.threshold), str(chosen))
     ims = np.stack([query.read(i, learn.dls.size) for i in rows])
@@ -169,7 +169,7 @@ def search_section(
                 'Above the query; below, hot where covering a part changes '
                 'the feature most.')
 
-# %% ../nbs/17_report.ipynb #8d08c1ad
+# %% ../nbs/17_report.ipynb #7f5c0913
 def map_section(
     page:Page, # Added to
     features, # `(N,D)`
@@ -182,14 +182,16 @@ def map_section(
     page.add('p', 'Islands of one colour on the left are good. On the right, '
                   'colours should be mixed: an island there is a camera that '
                   'the model recognises.')
-    m = np.isin(items.pids, np.unique(items.pids)[:people])
+    real = ~items.junk & ~items.distractor
+    m = real & np.isin(items.pids, np.unique(items.pids[real])[:people])
+    shown = len(np.unique(items.pids[m]))
     for method in methods:
         xy = embed_2d(np.asarray(features)[m], method)
         fig,axes = plt.subplots(1, 2, figsize=(9, 4))
         plot_embedding(xy, items.pids[m], 'identity', axes[0])
         if items.camids is not None:
             plot_embedding(xy, items.camids[m], 'camera', axes[1])
-        page.figure(fig, f'{method} of {m.sum()} pictures of {people} people.')
+        page.figure(fig, f'{method} of {m.sum()} pictures of {shown} people.')
 
 # %% ../nbs/17_report.ipynb #edb7cc82
 def result_section(

@@ -29,7 +29,7 @@ def verdict(
         word = 'holds' if ci[0]>0 else 'reversed' if ci[1]<0 else word
     return dict(verdict=word, holds=word=='holds', mean_diff=float(mean), ci95=ci)
 
-# %% ../nbs/16_results.ipynb #9bf38fea
+# %% ../nbs/16_results.ipynb #49ab9651
 def _cpu_name():
     "The processor's name, from the system."
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -38,9 +38,10 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 def _commit():
-    "The checkout's commit, empty outside one."
-    here = Path(globals().get('__file__', 'notebook')).absolute().parent
-    try: done = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], text=True,
+    "The checkout's commit, `-dirty` if changed since; empty outside one."
+    here = Path(globals().get('__file__', 'x')).absolute().parent
+    if not (here.parent/'settings.ini').exists(): return ''
+    try: done = subprocess.run(['git', 'describe', '--always', '--dirty'], text=True,
                                cwd=here, capture_output=True)
     except OSError: return ''
     return done.stdout.strip()
@@ -56,7 +57,7 @@ def surroundings()->dict: # `hardware, versions, commit`
     hardware = dict(cpu=_cpu_name(), cores=os.cpu_count(), gpu=gpu)
     return dict(hardware=hardware, versions=versions, commit=_commit())
 
-# %% ../nbs/16_results.ipynb #2e10d62a
+# %% ../nbs/16_results.ipynb #2e55dd9d
 def read_result(
     path # A file that `add_seed` wrote
 )->dict: # Its content
@@ -65,7 +66,8 @@ def read_result(
     if not path.exists(): raise DataError(path, 'no such file', 'a stored result')
     try: out = json.loads(path.read_text())
     except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
-    if lacks := {'paper', 'seeds', 'variants', 'claims'}-set(out):
+    if lacks := {'paper', 'preset', 'seeds', 'variants', 'claims', 'seconds',
+                 'hardware', 'versions', 'commit'}-set(out):
         raise DataError(path, f'no {sorted(lacks)}', 'a file that `add_seed` wrote')
     return out
 

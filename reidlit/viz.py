@@ -131,7 +131,7 @@ def plot_cmc(
     ax.legend(frameon=False, loc='lower right')
     return ax
 
-# %% ../nbs/01_viz.ipynb #722dcafb
+# %% ../nbs/01_viz.ipynb #16e70e6e
 def plot_training(
     history:list, # One dict per epoch, e.g. `[{'loss': 2.1, 'mAP': .3}]`
     axes=None # Two axes: losses, scores
@@ -140,11 +140,12 @@ def plot_training(
     if not history: raise ValueError('history is empty: nothing was trained')
     if axes is None: axes = plt.subplots(1, 2, figsize=(7, 2.4))[1]
     epochs = np.arange(1, len(history)+1)
-    for k,color in zip(history[0], PALETTE):
-        if k=='epoch': continue
+    keys = dict.fromkeys(k for h in history for k in h)
+    for k,color in zip(keys, PALETTE):
         ax = axes[0] if 'loss' in k else axes[1]
-        y = [h.get(k, np.nan) for h in history]
-        ax.plot(epochs, y, 'o-', ms=3, color=color, label=k)
+        at = [i for i,h in enumerate(history) if k in h]
+        y = [history[i][k] for i in at]
+        ax.plot(epochs[at], y, 'o-', ms=3, color=color, label=k)
     for ax,label in zip(axes, ('loss', 'score')):
         ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False)
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -27,7 +27,8 @@ def weights(folder):
 
 
 def train(folder, *more):
-    return [COMMAND, 'train', 'baseline', *WORLD, '--epochs', '6', '--out', str(folder), *more]
+    return [COMMAND, 'train', 'baseline', *WORLD, '--epochs', '6', '--device', 'cpu',
+            '--out', str(folder), *more]
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +42,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL], ids=['ctrl-c', 'kill'])
 def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
     folder = tmp_path / 'run'
-    process = subprocess.Popen(train(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(train(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     end = time.time() + 180
     while not (folder / 'checkpoint.json').exists() and process.poll() is None:
         assert time.time() < end
@@ -67,9 +69,27 @@ def test_resume_with_other_settings_is_refused(whole):
     assert done.returncode == 2 and "['lr']" in done.stderr
 
 
+def test_resume_on_other_people_is_refused(whole):
+    words = ['train', 'baseline', '--people', '42', *WORLD[2:], '--epochs', '6', '--out', whole, '--resume']
+    done = run(*words)
+    assert done.returncode == 2 and "['data']" in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_reproduce_adds_seeds_and_demo_writes_its_page(tmp_path):
+    done = run('reproduce', 'baseline', '--preset', 'ci', '--seeds', '3', '--results', tmp_path / 'r')
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / 'r' / 'baseline-world-ci.json').read_text())
+    assert stored['seeds'] == [3] and set(stored['variants']) == {'untrained', 'trained'}
+    assert stored['claims'][0]['verdict'] == 'undecided', 'one seed proves nothing'
+    done = run('demo', '--preset', 'ci', '--people', '60', '--out', tmp_path / 'report', '--results', tmp_path / 'r')
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / 'report' / 'index.html').read_text()
+    assert page.count('<img') >= 9 and 'baseline-world, preset ci' in page
+
+
 def test_broken_checkpoint_is_named(whole, tmp_path):
     (tmp_path / 'checkpoint.json').write_text((whole / 'checkpoint.json').read_text())
-    done = run('eval', tmp_path, *WORLD[:4])
+    done = run('eval', tmp_path)
     assert done.returncode == 2 and 'epoch-0006.safetensors' in done.stderr
     assert 'Traceback' not in done.stderr
 
@@ -108,12 +128,13 @@ def test_plain_folder_of_people_trains(tmp_path):
     (['train', 'baseline', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
     (['train', 'moon'], "method 'moon'"),
     (['train', 'baseline', '--preset', 'huge'], 'huge'),
-    (['train', 'baseline', '--device', 'cuda:7', '--people', '40', '--preset', 'ci'], 'cuda:7'),
+    (['train', 'baseline', '--device', 'cuda:99', '--people', '40', '--preset', 'ci'], 'cuda:99'),
+    (['train', 'baseline', '--device', 'gpu', '--people', '40', '--preset', 'ci'], "device 'gpu'"),
     (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'checkpoint.json: no such file'),
     (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
     (['world', 'out', '--people', 'many'], '--people')])
 def test_misuse_is_one_line(words, said, tmp_path):
-    done = run(*words, cwd=tmp_path)
+    done = run(*words, cwd=tmp_path, env=os.environ | {'REIDLIT_DATA': str(tmp_path / 'data')})
     assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
     assert not any(tmp_path.iterdir())
 
