@@ -175,7 +175,7 @@ def fingerprints():
 def check():
     "Clean, export and write README.md; fail if that changes any file."
     from nbdev.clean import nbdev_clean
-    from nbdev.export import nbdev_export
+    from nbdev.doclinks import nbdev_export
     before = fingerprints()
     nbdev_clean.__wrapped__()
     nbdev_export.__wrapped__()
