@@ -17,4 +17,4 @@ bash tools/book.sh -W -n
 part 'the wheel works on its own'
 bash tools/wheel.sh
 part 'tests/'
-REIDLIT_PRESET=ci python -m pytest -q tests
+REIDLIT_PRESET=ci OMP_NUM_THREADS=1 python -m pytest -q -n 2 --durations=5 tests
