@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from real import REAL
 from safetensors.numpy import load_file
 
 COMMAND = str(Path(sys.executable).with_name('reidlit'))
-REAL = Path(os.environ.get('REIDLIT_REAL', Path(__file__).resolve().parents[2] / 'shared' / 'data'))
 WORLD = ['--people', '40', '--cameras', '2', '--preset', 'ci']
 
 

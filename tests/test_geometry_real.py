@@ -1,17 +1,14 @@
 "Geometry on real cameras and pictures; skipped where the data is absent."
 import json
-import os
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from real import REAL
 from reidlit.geometry import (Camera, epipolar_distance, epipolar_match,
                               fundamental_matrix, triangulate)
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get('REIDLIT_REAL', ROOT.parent/'shared'/'data'))
 
 
 def folder(name):

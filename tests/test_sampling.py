@@ -1,16 +1,13 @@
 "Samplers on random label sets: what they promise holds for all of them."
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from real import REAL
 from reidlit.core import rng_for
 from reidlit.data.sampling import (CameraPKSampler, PKSampler, TrackletSampler,
                                    arrange, camera_shares, deal, pick_frames)
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get('REIDLIT_REAL', ROOT.parent/'shared'/'data'))
 
 
 def labels(seed):

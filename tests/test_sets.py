@@ -5,12 +5,12 @@ import logging
 import os
 import pickle
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from real import REAL
 from reidlit.core import DataError, Dropped, ReidSet
 from reidlit.data.sets import (WILDTRACK, FrameSet, Grid, clip_box, crop_folder,
                                market1501, market_rows, mars, mars_rows,
@@ -19,8 +19,6 @@ from reidlit.data.sets import (WILDTRACK, FrameSet, Grid, clip_box, crop_folder,
 from reidlit.data.writers import _mat_bytes, camera_xml
 from reidlit.geometry import Camera
 
-ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get('REIDLIT_REAL', ROOT.parent/'shared'/'data'))
 
 
 def real(name):

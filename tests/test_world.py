@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
+from real import REAL
 from reidlit.geometry import Camera
 from reidlit.data.world import LAYOUTS, World, cylinder_boxes
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = Path(os.environ.get('REIDLIT_REAL', ROOT.parent/'shared'/'data'))/'wildtrack_calibration'
 SMALL = dict(people=14, crowd=8, size=(240, 136))
 DIGEST = '''
 import cv2,hashlib,sys
@@ -172,11 +172,11 @@ def test_bad_requests_are_named():
 def test_layout_names(): assert list(LAYOUTS) == ['ring', 'corridor', 'disjoint']
 
 
-@pytest.mark.skipif(not REAL.exists(), reason='no WILDTRACK calibration')
+@pytest.mark.skipif(not (REAL/'wildtrack_calibration').exists(), reason='no WILDTRACK calibration')
 def test_cylinders_fit_a_real_annotation():
     "The default radius and height give WILDTRACK's own boxes to a few pixels."
-    person = json.loads((REAL/'one_annotation_00000000.json').read_text())[0]
-    calibration = list(json.loads((REAL/'wildtrack_calibration.json').read_text()).values())
+    person = json.loads((REAL/'wildtrack_calibration'/'one_annotation_00000000.json').read_text())[0]
+    calibration = list(json.loads((REAL/'wildtrack_calibration'/'wildtrack_calibration.json').read_text()).values())
     at = person['positionID']
     xy = [[(-300 + 2.5*(at % 480))/100, (-900 + 2.5*(at//480))/100]]
     for view in person['views']:
