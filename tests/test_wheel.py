@@ -21,6 +21,7 @@ def test_fixed_names():
     from reidlit.geometry import Camera, epipolar_lines, fundamental_matrix
     from reidlit.metrics.retrieval import pick_threshold, reid_scores
     a, b = World(people=10, cameras=2, seed=0).cameras
+    assert isinstance(a, Camera)
     F = fundamental_matrix(a, b)
     point = np.array([0., 0., 1.])
     x1, x2 = a.project(point)[0], b.project(point)[0]

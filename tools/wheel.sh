@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 rm -rf dist build
 .venv/bin/python -m build -q --wheel --no-isolation >/dev/null
-[ -d .wheel ] || python3 -m venv .wheel
+[ -d .wheel ] || .venv/bin/python -m venv .wheel
 .wheel/bin/pip install -q --upgrade --force-reinstall --no-deps dist/*.whl
 .wheel/bin/pip install -q --upgrade fastai fastcore dist/*.whl pytest
 .wheel/bin/pip check
