@@ -17,11 +17,11 @@ from .results import read_result,result_rows
 from .viz import (PALETTE,camera_color,embed_2d,overlay_heat,plot_cmc,
     plot_distances,plot_embedding,plot_training,show_boxes,show_crops)
 
-# %% ../nbs/17_report.ipynb #3e529c43
+# %% ../nbs/17_report.ipynb #74a565f8
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;
 padding:0 1rem;color:#222} h1{margin-bottom:.2rem} h2{margin-top:2.5rem;
 border-bottom:1px solid #ddd} figure{margin:1rem 0} img{max-width:100%}
-figcaption{color:#555;font-size:.9rem} table{border-collapse:collapse}
+figcaption{color:#555;font-size:.9rem} table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}'''
 
 class Page:
@@ -169,7 +169,7 @@ def search_section(
                 'Above the query; below, hot where covering a part changes '
                 'the feature most.')
 
-# %% ../nbs/17_report.ipynb #7f5c0913
+# %% ../nbs/17_report.ipynb #4f0c9215
 def map_section(
     page:Page, # Added to
     features, # `(N,D)`
@@ -191,7 +191,8 @@ def map_section(
         plot_embedding(xy, items.pids[m], 'identity', axes[0])
         if items.camids is not None:
             plot_embedding(xy, items.camids[m], 'camera', axes[1])
-        page.figure(fig, f'{method} of {m.sum()} pictures of {shown} people.')
+        name = dict(tsne='t-SNE', umap='UMAP', pca='PCA')[method]
+        page.figure(fig, f'{name} of {m.sum()} pictures of {shown} people.')
 
 # %% ../nbs/17_report.ipynb #edb7cc82
 def result_section(

@@ -131,14 +131,15 @@ def plot_cmc(
     ax.legend(frameon=False, loc='lower right')
     return ax
 
-# %% ../nbs/01_viz.ipynb #16e70e6e
+# %% ../nbs/01_viz.ipynb #2f53f461
 def plot_training(
     history:list, # One dict per epoch, e.g. `[{'loss': 2.1, 'mAP': .3}]`
     axes=None # Two axes: losses, scores
 ): # The two axes
     "Loss and retrieval scores over the epochs."
     if not history: raise ValueError('history is empty: nothing was trained')
-    if axes is None: axes = plt.subplots(1, 2, figsize=(7, 2.4))[1]
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(7, 2.4), layout='constrained')[1]
     epochs = np.arange(1, len(history)+1)
     keys = dict.fromkeys(k for h in history for k in h)
     for k,color in zip(keys, PALETTE):
