@@ -109,6 +109,10 @@ def number_alike(
             replace(s, pids=np.array([known[n] for n in names(s)])) for s in items]
 
 # %% ../nbs/80_cli.ipynb #3d4c5d8d
+def _numbers(s):
+    "What is stored of scores."
+    return dict(mAP=s.mAP, rank1=float(s.cmc[0]), mINP=s.mINP)
+
 def train_baseline(
     d:SimpleNamespace, # From `open_data`
     settings:dict, # From `baseline_settings`
@@ -127,8 +131,7 @@ def train_baseline(
     before = learn.evaluate(d.query, d.gallery)
     fit_resumable(learn, settings['epochs'], folder, settings, resume)
     after = learn.evaluate(d.query, d.gallery)
-    numbers = lambda s: dict(mAP=s.mAP, rank1=float(s.cmc[0]), mINP=s.mINP)
-    out = dict(info, untrained=numbers(before), trained=numbers(after),
+    out = dict(info, untrained=_numbers(before), trained=_numbers(after),
         rules=after.rules, settings=settings, seconds=round(time.time()-start, 1),
         **surroundings())
     write_atomic(folder/'scores.json', (json.dumps(out, indent=1)+'\n').encode())
@@ -323,8 +326,7 @@ def reproduce(paper:Annotated[str, typer.Argument(help='baseline')],
         d = open_data(data, root, seed=seed, size=tuple(settings['size']))
         with TemporaryDirectory() as t:
             run = train_baseline(d, settings, t, device=device)
-        values = {n:dict(mAP=s.mAP, rank1=float(s.cmc[0]), mINP=s.mINP)
-                  for n,s in (('untrained', run.before), ('trained', run.after))}
+        values = dict(untrained=_numbers(run.before), trained=_numbers(run.after))
         path = results/f'{paper}-{data}-{preset}.json'
         add_seed(path, f'{paper}-{data}', preset, seed, values,
                  ['trained > untrained in mAP'], time.time()-start)

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file,save
 from .core import (DataError,ReidSet,active_preset,default_device,rng_for,
     seed_all,write_atomic)
-from .data.augment import Augment
+from .data.augment import Augment,to_uint8
 from .data.sampling import PKSampler
 from .losses import batch_hard_triplet
 from .metrics.retrieval import reid_scores
@@ -98,8 +98,7 @@ def show_batch(self:ReidLoaders,
 ):
     "The axis, with a training batch as the network sees it."
     x,y,c,_ = self.train.one_batch()
-    images = Augment.denormalize(x[:n]).permute(0, 2, 3, 1).cpu().numpy()
-    images = (images*255).round().clip(0, 255).astype(np.uint8)
+    images = to_uint8(Augment.denormalize(x[:n]))
     colors = [camera_color(max(i, 0)) for i in c[:n].tolist()]
     names = [f'id {self.classes[i]}' for i in y[:n].tolist()]
     return show_crops(images, names, colors, ncols)
