@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['BASELINE', 'ReidDataset', 'SampledLoader', 'ReidLoaders', 'extract_features', 'evaluate', 'BaselineLoss', 'Retrieval',
-           'EpochSeed', 'ReidLearner', 'fast_dtype', 'reid_learner', 'save_checkpoint', 'read_checkpoint',
+           'EpochSeed', 'ReidLearner', 'fast_dtype', 'reid_learner', 'quiet', 'save_checkpoint', 'read_checkpoint',
            'load_checkpoint', 'Checkpoints', 'fit_resumable', 'StopAfter', 'baseline_settings', 'baseline_learner',
            'load_model']
 
-# %% ../nbs/12_learner.ipynb #09409a56
+# %% ../nbs/12_learner.ipynb #6a8772c0
 import json
+from contextlib import contextmanager
 from pathlib import Path
 import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle to Learner)
 import matplotlib.pyplot as plt,numpy as np,torch,torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.callback.core import Callback,CancelValidException
-from fastai.learner import Learner
-from fastcore.basics import patch
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner,defaults
+from fastai.optimizer import Adam
+from fastcore.basics import noop,patch
 from safetensors.torch import load_file,save
 from .core import (DataError,ReidSet,active_preset,default_device,rng_for,
     seed_all,write_atomic)
@@ -28,7 +32,7 @@ from .metrics.retrieval import reid_scores
 from .models import ReidModel,load_backbone
 from .viz import camera_color,show_crops,show_ranked
 
-# %% ../nbs/12_learner.ipynb #b3a588f7
+# %% ../nbs/12_learner.ipynb #ce4d9dd6
 class ReidDataset:
     "Items `(image (3,H,W) uint8, class, camera, row)` of a `ReidSet`."
     def __init__(self,
@@ -38,8 +42,9 @@ class ReidDataset:
     ):
         if in_memory is None: in_memory = len(items)*size[0]*size[1]*3 < 2e9
         self.items = items.load(size) if in_memory else items
-        self.size,self.classes = size,np.unique(items.pids)
-        self.labels = np.searchsorted(self.classes, items.pids)
+        pids = -np.ones(len(items), int) if items.pids is None else items.pids
+        self.size,self.classes = size,np.unique(pids)
+        self.labels = np.searchsorted(self.classes, pids)
         self.cameras = -np.ones(len(items), np.int64) if items.camids is None \
                        else items.camids
 
@@ -103,17 +108,20 @@ def show_batch(self:ReidLoaders,
     names = [f'id {self.classes[i]}' for i in y[:n].tolist()]
     return show_crops(images, names, colors, ncols)
 
-# %% ../nbs/12_learner.ipynb #795c2a5e
+# %% ../nbs/12_learner.ipynb #188b4f52
 @torch.no_grad()
 def extract_features(
     model, # Crops `(N,3,H,W)` to features `(N,D)` when in evaluation mode
     items:ReidSet, # Pictures
     size:tuple, # `(H,W)` of the network's input
-    flip:bool=True, # Add the features of the mirrored picture?
-    batch:int=128 # Pictures at a time
-)->torch.Tensor: # `(N,D)` float32 on the CPU, rows of length 1
+    flip:bool=True, # Mean with the features of the mirrored picture?
+    batch:int=128, # Pictures at a time
+    normalize:bool|None=None # Rows of length 1? `None`: yes, unless
+        # `model.normalize` is false
+)->torch.Tensor: # `(N,D)` float32 on the CPU
     "Features of every picture, in order."
     was,device = model.training,next(model.parameters()).device
+    if normalize is None: normalize = getattr(model, 'normalize', True)
     model.eval()
     prepare,out = Augment.none(),[]
     for i in range(0, len(items), batch):
@@ -121,8 +129,8 @@ def extract_features(
                       for j in range(i, min(i+batch, len(items)))])
         x = prepare(torch.from_numpy(x).permute(0, 3, 1, 2).to(device))
         f = model(x).float()
-        if flip: f = f+model(x.flip(3)).float()
-        out.append(F.normalize(f).cpu())
+        if flip: f = (f+model(x.flip(3)).float())/2
+        out.append((F.normalize(f) if normalize else f).cpu())
     model.train(was)
     return torch.cat(out)
 
@@ -226,7 +234,7 @@ def fast_dtype(
     fast = any(getattr(torch.cpu, p, bool)() for p in probes)
     return torch.bfloat16 if fast else None
 
-# %% ../nbs/12_learner.ipynb #abfd1edc
+# %% ../nbs/12_learner.ipynb #2df2afa4
 def reid_learner(
     dls:ReidLoaders, # Training batches
     model, # A `ReidModel` with `len(dls.classes)` classes
@@ -237,14 +245,26 @@ def reid_learner(
     wd:float=5e-4, # Weight decay (decoupled)
     every:int=1, # Epochs between scores
     seed:int=0, # Of batches and augmentation
-    cbs=() # More callbacks
+    cbs=(), # More callbacks
+    opt_func=Adam # Makes fastai's optimiser
 )->ReidLearner: # Ready to fit
     "A learner for re-identification, on the loaders' device."
     model = model.to(dls.device)
     if dls.device.type=='cuda' or getattr(model, 'dtype', None):
         model = model.to(memory_format=torch.channels_last)
     cbs = [Retrieval(query, gallery, every), EpochSeed(seed), *cbs]
-    return ReidLearner(dls, model, loss or BaselineLoss(), lr=lr, wd=wd, cbs=cbs)
+    learn = ReidLearner(dls, model, loss or BaselineLoss(), opt_func=opt_func,
+                        lr=lr, wd=wd, cbs=cbs)
+    learn.logger = noop # the bar shows the table; without it there is silence
+    return learn
+
+@contextmanager
+def quiet():
+    "Learners made inside show neither bar nor table."
+    was = defaults.callbacks
+    defaults.callbacks = [c for c in was if c is not ProgressCallback]
+    try: yield
+    finally: defaults.callbacks = was
 
 # %% ../nbs/12_learner.ipynb #85120df2
 @patch
@@ -341,7 +361,7 @@ def load_checkpoint(
     learn.retrieval.history = state['history']
     return state['epoch']
 
-# %% ../nbs/12_learner.ipynb #997ef6e8
+# %% ../nbs/12_learner.ipynb #d84d8a95
 class Checkpoints(Callback):
     "A checkpoint after every epoch; the previous one is removed."
     order = 60
@@ -356,17 +376,20 @@ class Checkpoints(Callback):
 def fit_resumable(
     learn:ReidLearner, # Not yet fitted
     epochs:int, # In all
-    folder, # For checkpoints
+    folder, # For checkpoints; `None` keeps none
     settings:dict, # What makes this run what it is
     resume:bool=False, # Go on from the folder's checkpoint?
-    stop_after:int|None=None # Interrupt after so many epochs, to try it out
+    stop_after:int|None=None, # Interrupt after so many epochs, to try it out
+    sched:dict|None=None # For fastai's `ParamScheduler`; `None`: one cycle
 )->ReidLearner: # The same learner, fitted
-    "The learner, fitted by one cycle with a checkpoint each epoch."
+    "The learner, fitted, with a checkpoint each epoch."
     done = load_checkpoint(folder, learn, settings) if resume else 0
-    cbs = [Checkpoints(folder, settings)]
+    cbs = [] if folder is None else [Checkpoints(folder, settings)]
     if stop_after is not None: cbs.append(StopAfter(stop_after))
-    if done < epochs:
+    if done >= epochs: return learn
+    if sched is None:
         learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done, pct_start=.15)
+    else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
     return learn
 
 class StopAfter(Callback):

@@ -24,7 +24,7 @@ def pairwise_distances(
     d2 = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')**2
     return d2 if squared else (d2+1e-12).sqrt()
 
-# %% ../nbs/11_losses.ipynb #530c13b8
+# %% ../nbs/11_losses.ipynb #e4ef807e
 def triplet_masks(
     pids:torch.Tensor, # Identities `(N,)`
     positives:torch.Tensor|None=None, # Allowed positive pairs `(N,N)` bool
@@ -32,6 +32,8 @@ def triplet_masks(
 )->tuple: # Positive pairs `(N,N)`, negative pairs `(N,N)`, valid anchors `(N,)`
     "Who may be compared with whom; row `i` belongs to anchor `i`."
     n,same = len(pids),pids[:, None]==pids[None]
+    if same.all(): raise ValueError(
+        f'{n} pids of one identity: a triplet needs two')
     pos,neg = same & ~torch.eye(n, dtype=torch.bool, device=pids.device),~same
     for name,m in (('positives', positives), ('negatives', negatives)):
         if m is not None and (m.shape!=(n, n) or m.dtype!=torch.bool):
@@ -41,13 +43,21 @@ def triplet_masks(
     if negatives is not None: neg = neg & negatives
     return pos,neg,pos.any(1) & neg.any(1)
 
-# %% ../nbs/11_losses.ipynb #738c8cef
+# %% ../nbs/11_losses.ipynb #ac7a0f16
 def _gap_loss(gap, margin):
     "Hinge with a margin, or softplus for `'soft'`."
     if margin=='soft': return F.softplus(gap)
     if isinstance(margin, str):
         raise ValueError(f"margin={margin!r}: expected a number or 'soft'")
     return F.relu(gap+margin)
+
+def _finite(feats, d):
+    "The distances, unless a feature is NaN or infinite."
+    if d.isfinite().all(): return d
+    bad = (~feats.isfinite().all(1)).nonzero()
+    raise ValueError(f'feats: NaN or infinity in {len(bad)} of {len(feats)} rows, '
+                     f'first in row {int(bad[0])}' if len(bad) else
+                     f'feats up to {feats.abs().max():.1e}: distances overflow')
 
 def batch_hard_triplet(
     feats:torch.Tensor, # Features `(N,D)`
@@ -59,7 +69,7 @@ def batch_hard_triplet(
     stats:bool=False # Return a dict of measurements too
 )->torch.Tensor|tuple: # Mean over valid anchors; 0 with a graph if none
     "Batch-hard triplet loss; with `stats` a pair of loss and dict."
-    d = pairwise_distances(feats)
+    d = _finite(feats, pairwise_distances(feats))
     pos,neg,ok = triplet_masks(pids, positives, negatives)
     far = d.masked_fill(~pos, -torch.inf).max(1).values
     near = d.masked_fill(~neg, torch.inf).min(1).values
@@ -72,7 +82,7 @@ def batch_hard_triplet(
                      negative=mean(near), active=mean((each>0).float()),
                      wrong=mean((far>near).float()))
 
-# %% ../nbs/11_losses.ipynb #e7979169
+# %% ../nbs/11_losses.ipynb #be0dec1b
 def batch_all_triplet(
     feats:torch.Tensor, # Features `(N,D)`; memory grows with N cubed
     pids:torch.Tensor, # Identities `(N,)`
@@ -83,7 +93,7 @@ def batch_all_triplet(
     nonzero:bool=True # Mean over triplets with a loss above 0, not all
 )->torch.Tensor: # Scalar; 0 with a graph if no triplet counts
     "Batch-all triplet loss."
-    d = pairwise_distances(feats)
+    d = _finite(feats, pairwise_distances(feats))
     pos,neg,_ = triplet_masks(pids, positives, negatives)
     valid = pos[:, :, None] & neg[:, None]
     gap = d[:, :, None]-d[:, None]

@@ -46,7 +46,7 @@ def keep_last_stride(
         if name.startswith(block): conv.stride = (1, 1)
     return net
 
-# %% ../nbs/10_models.ipynb #1281a6a5
+# %% ../nbs/10_models.ipynb #a1d7668d
 def _resnet(name):
     net = getattr(torchvision.models, name)()
     n,net.fc = net.fc.in_features, nn.Identity()
@@ -62,6 +62,7 @@ def _timm(name):
 
 _BACKBONES = dict(
     tiny=lambda: (TinyNet(last_stride=2), 128),
+    tiny16=lambda: (TinyNet((16, 32, 64, 128), 2), 128),
     resnet18=lambda: _resnet('resnet18'), resnet50=lambda: _resnet('resnet50'),
     resnet101=lambda: _resnet('resnet101'),
     mobilenet_v1=lambda: _timm('mobilenetv1_100'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['verdict', 'surroundings', 'read_result', 'judge', 'add_seed', 'result_rows']
 
-# %% ../nbs/16_results.ipynb #b7d78144
-import json,os,platform,subprocess
+# %% ../nbs/16_results.ipynb #a7827be7
+import json,os,platform,re,subprocess
 from importlib.metadata import PackageNotFoundError,version
 from pathlib import Path
 import numpy as np
@@ -90,20 +90,21 @@ def _merged(old, seed, values):
     return seeds,{name:{m:[at(name, m, s) for s in seeds] for m in ms}
                   for name,ms in values.items()}
 
-# %% ../nbs/16_results.ipynb #6d1cf9f1
+# %% ../nbs/16_results.ipynb #ff95b9f9
 def judge(
-    claim:str, # `'A > B in METRIC'`
+    claim:str, # `'A > B in METRIC'`, or `'A + 0.005 > B in METRIC'`
     variants:dict # `{name: {metric: [one value per seed]}}`
 )->dict: # The claim, its metric and its `verdict`
     "A claim, judged on paired seeds; `ValueError` if a name is unknown."
-    try: order,metric = claim.rsplit(' in ', 1); a,b = order.split(' > ')
-    except ValueError:
-        raise ValueError(f"{claim!r}: expected 'A > B in METRIC'") from None
+    m = re.fullmatch(r'(.+?)(?: \+ ([\d.]+))? > (.+) in (\S+)', claim)
+    if not m: raise ValueError(f"{claim!r}: expected 'A > B in METRIC'")
+    a,extra,b,metric = m.groups()
     for name in (a, b):
         if metric not in variants.get(name, {}):
             raise ValueError(f'{claim!r}: no {metric} of {name!r} in {list(variants)}')
+    better = np.add(variants[a][metric], float(extra or 0))
     return dict(claim=claim, metric=metric,
-                **verdict(variants[a][metric], variants[b][metric]), tried='')
+                **verdict(better, variants[b][metric]))
 
 def add_seed(
     path, # The result's file, made if absent
@@ -111,7 +112,7 @@ def add_seed(
     preset:str, # `'ci'`, `'laptop'` or `'paper'`
     seed:int, # Whose values these are
     values:dict, # `{variant: {metric: number}}`
-    claims=(), # `'A > B in METRIC'`
+    claims=(), # As for `judge`; or a dict, what was tried as its values
     seconds:float=0. # This seed took
 )->dict: # The file's new content
     "The result with one seed more, all claims judged anew."
@@ -120,8 +121,10 @@ def add_seed(
     if path.exists(): _check_same(path, old, paper, preset, values)
     seeds,variants = _merged(old, seed, values)
     seconds = old['seconds'] | {str(seed): round(seconds, 1)}
+    tried = claims if isinstance(claims, dict) else {}
     out = dict(paper=paper, preset=preset, seeds=seeds, variants=variants,
-               claims=[judge(c, variants) for c in claims],
+               claims=[judge(c, variants) | dict(tried=tried.get(c, ''))
+                       for c in claims],
                seconds=seconds, **surroundings())
     write_atomic(path, (json.dumps(out, indent=1)+'\n').encode())
     return out

@@ -473,7 +473,7 @@ def _crop(self:World, pid, c, t, size, min_visible):
     if seen<min_visible*whole: return None
     return self._develop(c, canvas, (w, h), scale[1]/3, pid, t)
 
-# %% ../../nbs/03_data.world.ipynb #cc4bbea5
+# %% ../../nbs/03_data.world.ipynb #ae1037bc
 def _spread(ts, n, r, spare=8):
     "`n` of the times, one from each part of the visit, then some spare ones."
     if not len(ts): return []
@@ -483,37 +483,39 @@ def _spread(ts, n, r, spare=8):
     return list(dict.fromkeys([*first, *map(int, rest)]))
 
 @patch
-def _film(self:World, pid, c, start, length, size, min_visible):
-    "Pictures one after another; `None` if one of them is not good enough."
+def _film(self:World, pid, c, times, size, min_visible):
+    "Pictures at these times; `None` if one of them is not good enough."
     out = []
-    for t in range(start, start+length):
+    for t in times:
         out.append(self._crop(pid, c, t, size, min_visible))
         if out[-1] is None: return None
     return out
 
 @patch
-def _rows(self:World, split, n, length, size, min_visible, word):
+def _rows(self:World, split, n, length, every, size, min_visible, word):
     "Pictures of everybody of a split in every camera, and their labels."
     _one_of('split', split, self.split)
     size = size or ((64, 32) if self.kind=='people' else (48, 64))
     images,rows,C = [],[],len(self.cameras)
+    span = every*(length-1) + 1
     for pid in map(int, self.split[split]):
         for c in range(C):
             ts = self._sightings(pid, c)
             runs = np.split(ts, np.flatnonzero(np.diff(ts)!=1)+1)
-            starts = np.concatenate([u[:max(0, len(u)-length+1)] for u in runs])
+            starts = np.concatenate([u[:max(0, len(u)-span+1)] for u in runs])
             found = 0
             for s in _spread(starts, n, rng_for(self.seed, word, pid, c)):
-                new = self._film(pid, c, s, length, size, min_visible)
+                times = range(s, s+span, every)
+                new = self._film(pid, c, times, size, min_visible)
                 if new is None: continue
                 tid = pid*C + c if length==1 else (pid*C + c)*n + found
-                rows += [(pid, c, tid, s+k) for k in range(length)]
+                rows += [(pid, c, tid, t) for t in times]
                 images += new; found += 1
                 if found==n: break
     if not rows: raise ValueError(f'split={split!r}: nobody is well in view')
     return ReidSet(np.stack(images), *np.array(rows).T, name=f'world {split}')
 
-# %% ../../nbs/03_data.world.ipynb #73cb64e2
+# %% ../../nbs/03_data.world.ipynb #7be6e81b
 @patch
 def crops(self:World,
     split:str='train', # `'train'`, `'val'` or `'test'`
@@ -522,7 +524,7 @@ def crops(self:World,
     min_visible:float=.6 # Least share of the person to be seen
 )->ReidSet: # Images `(N,H,W,3)`, with pids, camids, tids, frames
     "Pictures of people at different times; `ValueError` for another split."
-    return self._rows(split, per_camera, 1, size, min_visible, 'crops')
+    return self._rows(split, per_camera, 1, 1, size, min_visible, 'crops')
 
 # %% ../../nbs/03_data.world.ipynb #d0f27094
 @patch
@@ -537,14 +539,16 @@ def query_gallery(self:World,
     first = np.r_[True, s.tids[1:]!=s.tids[:-1]]
     return s[first],s[~first]
 
-# %% ../../nbs/03_data.world.ipynb #e948fc87
+# %% ../../nbs/03_data.world.ipynb #dd0513bd
 @patch
 def tracklets(self:World,
     split:str='train', # `'train'`, `'val'` or `'test'`
-    length:int=8, # Frames that follow one another
+    length:int=8, # Pictures that follow one another
     per_camera:int=1, # Tracklets of each person in each camera
     size:tuple|None=None, # `(H,W)`, as in `crops`
-    min_visible:float=.4 # Least share of the person to be seen in every frame
+    min_visible:float=.4, # Least share of the person to be seen in every one
+    every:int=1 # Frames from one picture to the next, 10 a second
 )->ReidSet: # `length` rows a tracklet, in order of time
     "Short films of people who walk through a camera's view."
-    return self._rows(split, per_camera, length, size, min_visible, 'tracklets')
+    return self._rows(split, per_camera, length, every, size, min_visible,
+                      'tracklets')
