@@ -331,7 +331,7 @@ def search_folder(query:Path, gallery:Path,
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
-# %% ../nbs/80_cli.ipynb #3160e55b
+# %% ../nbs/80_cli.ipynb #fec68190
 def experiment(
     paper:str, # `'baseline'` or `'crossdataset'`
     what:str='core', # Or `'figures'`, the long sweeps
@@ -347,7 +347,7 @@ def experiment(
             ('baseline', 'core', False), ('crossdataset', 'core', True),
             ('crossdataset', 'core', False), ('crossdataset', 'figures', True)}:
         raise ValueError(f'no experiment {paper!r}, {what!r} on {data!r}: expected '
-            "'baseline' or 'crossdataset', 'core' or (crossdataset on the world) 'figures'")
+            "'baseline' or 'crossdataset'; 'figures' of crossdataset on the world")
     if paper=='crossdataset':
         kw = dict(preset=preset, device=device, say=typer.echo)
         if what=='figures': return partial(lab.figures, **kw),{}
@@ -362,6 +362,7 @@ def experiment(
         return dict(untrained=_numbers(r.before), trained=_numbers(r.after))
     return run,['trained > untrained in mAP']
 
+# %% ../nbs/80_cli.ipynb #049d3a98
 @app.command()
 def reproduce(paper:Annotated[str, typer.Argument(help='baseline, crossdataset')],
     what:Annotated[str, typer.Option(help='core or figures')]='core',
@@ -389,7 +390,7 @@ def doctor():
     "Versions, device, weights and data found."
     for line in diagnosis(): typer.echo(line)
 
-# %% ../nbs/80_cli.ipynb #d32c483b
+# %% ../nbs/80_cli.ipynb #5d3b5648
 def demo_page(
     d:SimpleNamespace, # A world's data, from `open_data`
     run:SimpleNamespace, # From `train_baseline`
@@ -405,8 +406,10 @@ def demo_page(
     search_section(page, run.learn, d.query, d.gallery, d.val)
     map_section(page, run.learn.features(d.gallery), d.gallery, methods=methods)
     files = sorted(Path(results).glob('*.json')) if Path(results).is_dir() else []
-    if files: page.add('h2', 'Stored results')
-    for f in files: result_section(page, f)
+    rest = [f for f in files if not f.name.startswith('crossdataset')]
+    if rest: page.add('h2', 'Stored results')
+    for f in rest: result_section(page, f)
+    if rest != files: lab.crossdataset_section(page, results)
     return page
 
 @app.command()

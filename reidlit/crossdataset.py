@@ -25,7 +25,7 @@ from .metrics.retrieval import reid_scores
 from .models import load_backbone
 from .triplet_mining import EmbeddingNet,TripletLoss,first_k_triplet
 
-# %% ../nbs/21_crossdataset.ipynb #65837cd6
+# %% ../nbs/21_crossdataset.ipynb #81575d5e
 _TINY = dict(backbone='tiny16', weights=None, size=(64, 32), lr=2e-3, lr_end=2e-5,
              wd=.01, flat=.5, batches=50, ft_lr=1e-4, ft_epochs=2, pul_lr=3e-4)
 _MOBILE = dict(_TINY, backbone='mobilenet_v2', weights='pip', size=(128, 64),
@@ -35,7 +35,7 @@ _PAPER = dict(backbone='mobilenet_v1', weights='hub', size=(256, 128), lr=1e-4,
               ft_lr=1e-5, ft_epochs=2, pul_lr=1e-4)
 SETTINGS = { # (kind of target pictures, preset) to settings
     ('drawn', 'ci'): dict(_TINY, epochs=2, batches=5),
-    ('drawn', 'laptop'): dict(_TINY, epochs=24),
+    ('drawn', 'laptop'): dict(_TINY, epochs=32),
     ('drawn', 'paper'): dict(_PAPER, weights=None),
     ('real', 'ci'): dict(_TINY, epochs=2, batches=5),
     ('real', 'laptop'): dict(_MOBILE, epochs=8),

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Clusters', 'reliable_clusters', 'Classified', 'pul']
 
-# %% ../nbs/21_pul.ipynb #0d73dff2
+# %% ../nbs/21_pul.ipynb #83a2ccfb
 import copy
 from dataclasses import dataclass,replace
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .core import ReidSet,seed_all
+from .core import ReidSet,logger,seed_all
 from .data.augment import Augment
 from .data.sampling import PKSampler
 from .learner import ReidLoaders,extract_features,reid_learner
+from .metrics.retrieval import _features
 
-# %% ../nbs/21_pul.ipynb #669a62db
+# %% ../nbs/21_pul.ipynb #e6f147ec
 @dataclass
 class Clusters:
     "What k-means found, and which pictures are near enough to count."
@@ -24,32 +25,42 @@ class Clusters:
     similarity:np.ndarray # Cosine to the cluster's centre `(N,)`
     reliable:np.ndarray # Similar enough `(N,)` bool
 
+    @property
+    def used(self):
+        "Reliable, and not the only one of its cluster `(N,)` bool."
+        n = np.bincount(self.labels[self.reliable], minlength=len(self.centres))
+        return self.reliable & (n>1)[self.labels]
+
+# %% ../nbs/21_pul.ipynb #51662a00
 def reliable_clusters(
-    features, # `(N,D)`
+    features, # `(N,D)` array or tensor, of any length
     n_people:int, # Clusters: the number of people must be told
     keep:float=.85, # Least cosine similarity to the centre
     seed:int=0 # Of k-means
 )->Clusters: # Labels and who is reliable
-    "Clusters of unit features, and the pictures near their centres."
-    x = F.normalize(torch.as_tensor(features).float()).numpy()
+    "Clusters of unit features, near ones reliable; `ValueError` names misuse."
+    x = F.normalize(_features(features, 'features', 'cpu').float()).numpy()
     if not 2<=n_people<=len(x):
         raise ValueError(f'n_people={n_people}: expected 2 to {len(x)}')
+    if not -1<=keep<1: raise ValueError(
+        f'keep={keep}: expected a cosine, from -1 to below 1')
     km = KMeans(n_people, n_init=1, random_state=seed).fit(x)
     centres = F.normalize(torch.from_numpy(km.cluster_centers_)).numpy()
     similarity = (x*centres[km.labels_]).sum(1)
     labels = km.labels_.astype(np.int64)
     return Clusters(labels, centres, similarity, similarity>keep)
 
-# %% ../nbs/21_pul.ipynb #ccc195ca
+# %% ../nbs/21_pul.ipynb #4a67426b
 class Classified(nn.Module):
     "An embedding with a cosine classifier on top, used in training only."
     def __init__(self,
-        model, # Crops to embeddings
+        model, # Crops to embeddings `(N,D)`
         centres, # First weights `(classes,D)`: the clusters' centres
         scale:float=16. # Of the cosines
     ):
         super().__init__()
-        self.model,self.normalize,self.scale = model,model.normalize,scale
+        self.model,self.scale = model,scale
+        self.normalize = getattr(model, 'normalize', True)
         self.weight = nn.Parameter(torch.as_tensor(centres).float().clone())
 
     def forward(self, x):
@@ -57,35 +68,42 @@ class Classified(nn.Module):
         if not self.training: return f
         return self.scale*F.linear(F.normalize(f), F.normalize(self.weight))
 
+# %% ../nbs/21_pul.ipynb #3813932f
+def _tune(model, part, centres, settings, epochs, lr, seed):
+    "Fine-tune the model, in place, to tell the clusters of `part` apart."
+    seed_all(seed)
+    size,p = tuple(settings['size']),min(16, len(centres))
+    dls = ReidLoaders(part, size, augment=Augment(erasing=0.),
+        sampler=PKSampler(part.pids, p, 4, seed=seed),
+        device=next(model.parameters()).device)
+    loss = lambda pred,y,*_: F.cross_entropy(pred, y)
+    reid_learner(dls, Classified(model, centres), loss=loss, lr=lr, wd=0.,
+                 seed=seed).fit(epochs)
+
+# %% ../nbs/21_pul.ipynb #0cb97a69
 def pul(
     model, # A trained embedding; it is copied, not changed
     target:ReidSet, # Pictures; labels are not used
     n_people:int, # How many people are in them
-    settings:dict, # From `embedding_settings`
+    settings:dict, # `size`, `seed`, `pul_lr`; from `embedding_settings`
     *, rounds:int=5, # Of clustering and fine-tuning
     epochs:int=2, # Of each round
     keep:float=.85, # As for `reliable_clusters`
     lr:float|None=None # `None`: the settings' `pul_lr`
 ): # The tuned copy and the history, a dict for each round
     "A model tuned by progressive unsupervised learning (Fan et al., 2017)."
-    s,size,history = settings,tuple(settings['size']),[]
-    model = copy.deepcopy(model)
+    s,history = settings,[]
+    model,lr = copy.deepcopy(model),s['pul_lr'] if lr is None else lr
     for r in range(rounds):
-        c = reliable_clusters(extract_features(model, target, size), n_people, keep,
-                              s['seed'])
-        few = np.bincount(c.labels[c.reliable], minlength=n_people)
-        used = c.reliable & (few>1)[c.labels]
-        history.append(dict(reliable=int(c.reliable.sum()), used=int(used.sum()),
-                            clusters=int((few>1).sum())))
-        p = min(16, history[-1]['clusters'])
-        if p<2: break # nothing to tell apart
-        seed_all(s['seed']+r)
-        part = replace(target[used], pids=c.labels[used])
-        dls = ReidLoaders(part, size, augment=Augment(erasing=0.),
-            sampler=PKSampler(part.pids, p, 4, seed=s['seed']+r),
-            device=next(model.parameters()).device)
-        net = Classified(model, c.centres[dls.classes])
-        learn = reid_learner(dls, net, lr=lr or s['pul_lr'], wd=0.,
-            loss=lambda pred,y,*_: F.cross_entropy(pred, y), seed=s['seed']+r)
-        learn.fit(epochs)
+        features = extract_features(model, target, tuple(s['size']))
+        c = reliable_clusters(features, n_people, keep, s['seed'])
+        part = replace(target[c.used], pids=c.labels[c.used])
+        names = np.unique(part.pids)
+        history.append(dict(reliable=int(c.reliable.sum()), used=len(part),
+                            clusters=len(names)))
+        if len(names)<2: # nothing to tell apart
+            logger.warning('PUL stops in round %d: %d clusters have 2 reliable '
+                           'pictures, expected 2 or more', r+1, len(names))
+            break
+        _tune(model, part, c.centres[names], s, epochs, lr, s['seed']+r)
     return model.eval(),history

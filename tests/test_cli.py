@@ -127,6 +127,9 @@ def test_plain_folder_of_people_trains(tmp_path):
 @pytest.mark.parametrize('words, said', [
     (['train', 'baseline', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
     (['train', 'moon'], "method 'moon'"),
+    (['reproduce', 'moon'], "no experiment 'moon'"),
+    (['reproduce', 'crossdataset', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
+    (['reproduce', 'crossdataset', '--data', 'market1501', '--root', '.', '--source', 'moon=.'], "'moon=.'"),
     (['train', 'baseline', '--preset', 'huge'], 'huge'),
     (['train', 'baseline', '--device', 'cuda:99', '--people', '40', '--preset', 'ci'], 'cuda:99'),
     (['train', 'baseline', '--device', 'gpu', '--people', '40', '--preset', 'ci'], "device 'gpu'"),
