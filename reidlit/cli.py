@@ -13,7 +13,7 @@ import warnings
 # fastai uses it; nobody who types the command can act on it
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 
-# %% ../nbs/80_cli.ipynb #38d87d3c
+# %% ../nbs/80_cli.ipynb #670d090b
 import csv,io,json,logging,os,time
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ from .metrics.retrieval import pair_distances,pick_threshold
 from .models import weights_file
 from .report import (Page,data_section,frames_section,map_section,
     result_section,scores_section,search_section)
-from .results import add_seed,surroundings
+from .results import add_seed,rejudge,surroundings
 from .viz import show_ranked
 
 # %% ../nbs/80_cli.ipynb #f1578a50
@@ -362,7 +362,7 @@ def experiment(
         return dict(untrained=_numbers(r.before), trained=_numbers(r.after))
     return run,['trained > untrained in mAP']
 
-# %% ../nbs/80_cli.ipynb #049d3a98
+# %% ../nbs/80_cli.ipynb #e37b5e7d
 @app.command()
 def reproduce(paper:Annotated[str, typer.Argument(help='baseline, crossdataset')],
     what:Annotated[str, typer.Option(help='core or figures')]='core',
@@ -370,16 +370,18 @@ def reproduce(paper:Annotated[str, typer.Argument(help='baseline, crossdataset')
     source:Annotated[Optional[list[str]], typer.Option(
         help='NAME=FOLDER, a labelled set to start from; can be repeated')]=None,
     preset:PresetArg=None,
-    seeds:Annotated[str, typer.Option(help='for example 0,1,2')]='0',
+    seeds:Annotated[str, typer.Option(
+        help="for example 0,1,2; 'none' judges the stored claims anew")]='0',
     results:Path=Path('results'), device:DeviceArg=None):
     "Run PAPER's experiment for each seed and add it to the stored result."
     preset = preset or active_preset()
     run,claims = experiment(paper, what, data, root, source or (), preset, device)
     name = f'{paper}-{data}' if what=='core' else f'{paper}-{what}-{data}'
-    for seed in map(int, seeds.split(',')):
+    path = results/f'{name}-{preset}.json'
+    if seeds=='none': rejudge(path, claims)
+    for seed in map(int, [] if seeds=='none' else seeds.split(',')):
         start = time.time()
         values = run(seed)
-        path = results/f'{name}-{preset}.json'
         add_seed(path, name, preset, seed, values, claims, time.time()-start)
         for k,v in values.items():
             typer.echo(f'{k:32} '+', '.join(f'{m} {x:.3f}' for m,x in v.items()))

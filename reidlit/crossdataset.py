@@ -25,17 +25,17 @@ from .metrics.retrieval import reid_scores
 from .models import load_backbone
 from .triplet_mining import EmbeddingNet,TripletLoss,first_k_triplet
 
-# %% ../nbs/21_crossdataset.ipynb #81575d5e
-_TINY = dict(backbone='tiny16', weights=None, size=(64, 32), lr=2e-3, lr_end=2e-5,
+# %% ../nbs/21_crossdataset.ipynb #f1ea84de
+_TINY = dict(backbone='tiny16', weights=None, size=(64, 32), pad=0., lr=1e-3, lr_end=1e-5,
              wd=.01, flat=.5, batches=50, ft_lr=1e-4, ft_epochs=2, pul_lr=3e-4)
-_MOBILE = dict(_TINY, backbone='mobilenet_v2', weights='pip', size=(128, 64),
+_MOBILE = dict(_TINY, backbone='mobilenet_v2', weights='pip', size=(128, 64), pad=10.,
                lr=3e-4, lr_end=3e-6, ft_lr=1e-5, ft_epochs=1, pul_lr=3e-5)
-_PAPER = dict(backbone='mobilenet_v1', weights='hub', size=(256, 128), lr=1e-4,
+_PAPER = dict(backbone='mobilenet_v1', weights='hub', size=(256, 128), pad=16., lr=1e-4,
               lr_end=1e-7, wd=0., flat=.25, batches=None, epochs=400,
               ft_lr=1e-5, ft_epochs=2, pul_lr=1e-4)
 SETTINGS = { # (kind of target pictures, preset) to settings
     ('drawn', 'ci'): dict(_TINY, epochs=2, batches=5),
-    ('drawn', 'laptop'): dict(_TINY, epochs=32),
+    ('drawn', 'laptop'): dict(_TINY, epochs=24),
     ('drawn', 'paper'): dict(_PAPER, weights=None),
     ('real', 'ci'): dict(_TINY, epochs=2, batches=5),
     ('real', 'laptop'): dict(_MOBILE, epochs=8),
@@ -56,7 +56,7 @@ def embedding_settings(
         raise ValueError(f'unknown settings {sorted(unknown)}: {sorted(out)}')
     return out | changes
 
-# %% ../nbs/21_crossdataset.ipynb #97fbccb7
+# %% ../nbs/21_crossdataset.ipynb #27d99d8a
 def batch_sampler(
     how:str, # `'merge'`, `'switch'`, `'uniform'` (switch, sets alike) or `'equal'`
     pids, # Identities `(N,)`
@@ -84,7 +84,8 @@ def embedding_learner(
     size = tuple(s['size'])
     items,sources = join_sets(sets, size)
     seed_all(s['seed'])
-    dls = ReidLoaders(items, size, device=device, augment=Augment(erasing=0.),
+    views = Augment(erasing=0., pad=s['pad'])
+    dls = ReidLoaders(items, size, device=device, augment=views,
         sampler=batch_sampler(how, items.pids, sources, s), seed=s['seed'])
     model = embedding_net(s, device)
     return reid_learner(dls, model, query, gallery, TripletLoss(s['margin']),
@@ -266,7 +267,7 @@ class PositivesSampler(BatchSampler):
             out.append(np.concatenate([deal(r, [m], rng)[0] for r,m in parts]))
         return np.reshape(out, (self.steps, self.world_size, -1))
 
-# %% ../nbs/21_crossdataset.ipynb #8a67c691
+# %% ../nbs/21_crossdataset.ipynb #f1903167
 @dataclass
 class FineTuned:
     "What `finetune` returns."
@@ -311,7 +312,8 @@ def finetune(
     sampler = PositivesSampler(positives, found, table.rows, s['p'], s['k'], s['seed'])
     seed_all(s['seed'])
     dls = ReidLoaders(replace(target, pids=None), size, sampler=sampler,
-        augment=Augment(erasing=0.), device=next(model.parameters()).device)
+        augment=Augment(erasing=0., pad=s['pad']),
+        device=next(model.parameters()).device)
     loss = lambda pred,*_: first_k_triplet(pred, s['k'], s['margin'])
     learn = reid_learner(dls, copy.deepcopy(model), loss=loss, lr=s['ft_lr'], wd=0.,
                          seed=s['seed'], opt_func=RMSProp)

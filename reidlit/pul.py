@@ -68,12 +68,12 @@ class Classified(nn.Module):
         if not self.training: return f
         return self.scale*F.linear(F.normalize(f), F.normalize(self.weight))
 
-# %% ../nbs/21_pul.ipynb #3813932f
+# %% ../nbs/21_pul.ipynb #9443ce87
 def _tune(model, part, centres, settings, epochs, lr, seed):
     "Fine-tune the model, in place, to tell the clusters of `part` apart."
     seed_all(seed)
     size,p = tuple(settings['size']),min(16, len(centres))
-    dls = ReidLoaders(part, size, augment=Augment(erasing=0.),
+    dls = ReidLoaders(part, size, augment=Augment(erasing=0., pad=settings['pad']),
         sampler=PKSampler(part.pids, p, 4, seed=seed),
         device=next(model.parameters()).device)
     loss = lambda pred,y,*_: F.cross_entropy(pred, y)

@@ -142,10 +142,13 @@ def finish(
     if len(s): return s
     raise DataError(where, f'nothing to read (dropped {s.dropped})', example)
 
-# %% ../../nbs/04_data.sets.ipynb #4fb324c2
+# %% ../../nbs/04_data.sets.ipynb #cfbebf96
 def market1501(
     root, # Holds `bounding_box_train`, `query`, `bounding_box_test`
-    verify:bool=False # Open every picture, leave out broken ones
+    verify:bool=False, # Open every picture, leave out broken ones
+    *, rows=market_rows, # Makes the table out of paths, a name and a tally
+    name:str='market1501', # Of the set
+    example:str='0002_c1s1_000451_03.jpg' # A name that fits
 )->Splits: # Parts train, query and gallery
     "Market-1501 and sets laid out like it; `DataError` if it is not there."
     dirs = dict(train='bounding_box_train', query='query',
@@ -153,10 +156,10 @@ def market1501(
     layout = 'folders '+', '.join(dirs.values())
     root = check_layout(root, dirs.values(), layout)
     def part(k):
-        d,example = Dropped(),'names like 0002_c1s1_000451_03.jpg'
-        s = market_rows(list_images(root/dirs[k], d), f'market1501 {k}', d)
-        return finish(s, root/dirs[k], example, verify)
-    return Splits('market1501', **{k:part(k) for k in dirs})
+        d = Dropped()
+        s = rows(list_images(root/dirs[k], d), f'{name} {k}', d)
+        return finish(s, root/dirs[k], f'names like {example}', verify)
+    return Splits(name, **{k:part(k) for k in dirs})
 
 # %% ../../nbs/04_data.sets.ipynb #2d47588a
 def crop_folder(

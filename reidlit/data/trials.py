@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIPER', 'WARD', 'DUKE', 'LISTS', 'CUHK03', 'trial_mask', 'viper', 'ward', 'dukemtmc', 'extract_cuhk03', 'cuhk03']
 
-# %% ../../nbs/04_data.trials.ipynb #d35ddf98
+# %% ../../nbs/04_data.trials.ipynb #7457658c
 import json,re,shutil,tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from ..core import DataError,Dropped,ReidSet,rng_for,write_atomic
 from .sets import (Splits,check_layout,finish,list_images,
-                               read_json,read_names)
+                               market1501,read_json,read_names)
 
 # %% ../../nbs/04_data.trials.ipynb #59accd96
 def trial_mask(
@@ -99,25 +99,22 @@ def ward(
     return _trial(s, (seed, 'ward', trial), ask, answer, root,
                   f'names like {pattern.pattern}', verify)
 
-# %% ../../nbs/04_data.trials.ipynb #2dfc0b71
+# %% ../../nbs/04_data.trials.ipynb #9d2e6c10
 DUKE = re.compile(r'(?P<pid>\d{4})_c(?P<cam>\d)_f(?P<frame>\d+)\.jpg')
+
+def _duke_rows(paths, name, dropped):
+    "A table from names like `0005_c2_f0046985.jpg`."
+    paths,c = read_names(paths, DUKE, dropped)
+    return ReidSet(paths, c['pid'], c['cam']-1, frames=c['frame'], name=name,
+                   dropped=dropped)
 
 def dukemtmc(
     root, # Holds `bounding_box_train`, `query`, `bounding_box_test`
     verify:bool=False # Open every picture, leave out broken ones
 )->Splits: # Parts train, query and gallery; the split is fixed
     "DukeMTMC-reID, a withdrawn set; `DataError` if it is not there."
-    dirs = dict(train='bounding_box_train', query='query',
-                gallery='bounding_box_test')
-    layout = 'folders '+', '.join(dirs.values())
-    root = check_layout(root, dirs.values(), layout)
-    def part(k):
-        d,example = Dropped(),'names like 0005_c2_f0046985.jpg'
-        paths,c = read_names(list_images(root/dirs[k], d), DUKE, d)
-        s = ReidSet(paths, c['pid'], c['cam']-1, frames=c['frame'],
-                    name=f'dukemtmc {k}', dropped=d)
-        return finish(s, root/dirs[k], example, verify)
-    return Splits('dukemtmc', **{k:part(k) for k in dirs})
+    return market1501(root, verify, rows=_duke_rows, name='dukemtmc',
+                      example='0005_c2_f0046985.jpg')
 
 # %% ../../nbs/04_data.trials.ipynb #b5ca8b17
 @contextmanager
