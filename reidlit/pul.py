@@ -68,24 +68,25 @@ class Classified(nn.Module):
         if not self.training: return f
         return self.scale*F.linear(F.normalize(f), F.normalize(self.weight))
 
-# %% ../nbs/21_pul.ipynb #9443ce87
+# %% ../nbs/21_pul.ipynb #c9461bc8
 def _tune(model, part, centres, settings, epochs, lr, seed):
     "Fine-tune the model, in place, to tell the clusters of `part` apart."
     seed_all(seed)
     size,p = tuple(settings['size']),min(16, len(centres))
-    dls = ReidLoaders(part, size, augment=Augment(erasing=0., pad=settings['pad']),
-        sampler=PKSampler(part.pids, p, 4, seed=seed),
-        device=next(model.parameters()).device)
+    views = Augment(erasing=0., pad=settings['pad'])
+    device = next(model.parameters()).device
+    dls = ReidLoaders(part, size, augment=views, device=device,
+                      sampler=PKSampler(part.pids, p, 4, seed=seed))
     loss = lambda pred,y,*_: F.cross_entropy(pred, y)
     reid_learner(dls, Classified(model, centres), loss=loss, lr=lr, wd=0.,
                  seed=seed).fit(epochs)
 
-# %% ../nbs/21_pul.ipynb #0cb97a69
+# %% ../nbs/21_pul.ipynb #50d9d996
 def pul(
     model, # A trained embedding; it is copied, not changed
     target:ReidSet, # Pictures; labels are not used
     n_people:int, # How many people are in them
-    settings:dict, # `size`, `seed`, `pul_lr`; from `embedding_settings`
+    settings:dict, # `size`, `pad`, `seed`, `pul_lr`, as in `embedding_settings`
     *, rounds:int=5, # Of clustering and fine-tuning
     epochs:int=2, # Of each round
     keep:float=.85, # As for `reliable_clusters`

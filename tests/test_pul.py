@@ -13,7 +13,7 @@ from reidlit.pul import Classified, Clusters, pul, reliable_clusters
 from reidlit.triplet_mining import EmbeddingNet
 
 SIZE = (32, 16)
-SETTINGS = dict(size=SIZE, seed=0, pul_lr=1e-3)
+SETTINGS = dict(size=SIZE, pad=0., seed=0, pul_lr=1e-3)
 
 
 @pytest.mark.parametrize('seed', range(10))
