@@ -139,7 +139,7 @@ def truth_of(
     return dict(precision=mean, lowest=min(each.values()), highest=max(each.values()),
                 wrong_negatives=float(np.mean(wrong)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #cca1c139
+# %% ../nbs/22_crossdataset_lab.ipynb #7a7104bb
 ALPHAS = (.05, .2)
 
 MANY = '4 sets, switch'
@@ -165,7 +165,8 @@ def table2(
         t = tune(f'{source}, ours', models[source])
         score(f'{source}, PUL', pul(models[source], train, n_people, settings)[0])
     tune(f'{MANY}, ours, test too', t.learn.model, test)
-    tune(f'{MANY}, statistics only', models[MANY], s=dict(settings, ft_lr=1e-12, ft_epochs=1))
+    still = dict(settings, ft_lr=1e-12, ft_epochs=1)
+    tune(f'{MANY}, statistics only', models[MANY], s=still)
     for a in ALPHAS: tune(f'{MANY}, alpha {a}', models[MANY], alpha=a)
     counts = best_counts(models[MANY], target['train'], size)
     tune(f'{MANY}, alpha per pair', models[MANY], counts=counts)
@@ -251,7 +252,7 @@ def separation(
         own.append((sources[rows]==sources[rows][near]).mean())
     return dict(probe=probe.accuracy, chance=probe.chance, own_set=float(np.mean(own)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #da6df356
+# %% ../nbs/22_crossdataset_lab.ipynb #6dd65532
 def figures(
     seed:int, # Of worlds and networks
     preset:str|None=None, # `None`: the active one
@@ -275,12 +276,13 @@ def figures(
             m = train_arm(sources, names, how, s, device)
             score(how, m, **separation(m, unseen, size))
             if how=='switch': model = m
-        score('switch, single-camera people kept', train_arm(single, names, 'switch', s, device))
+        score('switch, single-camera people kept',
+              train_arm(single, names, 'switch', s, device))
         score('switch, dropout .5', train_arm(sources, names, 'switch',
                                               dict(s, dropout=.5), device))
-        large = {k:v for k,v in target_sets(seed, _larger(size), share).items() if k=='test'}
+        large = target_sets(seed, _larger(size), share)['test']
         out['switch, ten views'] = _numbers(tracklet_scores(
-            TenCrops(model, size), large['test'], _larger(size), flip=False))
+            TenCrops(model, size), large, _larger(size), flip=False))
         for a in (.02, .05, .1, .2, .4):
             t = finetune(model, train, s, disjoint=True, alpha=a)
             score(f'alpha {a}', t.learn.model,
