@@ -190,14 +190,14 @@ def core(
 
 def _share(preset): return .1 if (preset or active_preset())=='ci' else 1.
 
-# %% ../nbs/22_crossdataset_lab.ipynb #a25f56a0
+# %% ../nbs/22_crossdataset_lab.ipynb #3ab69b3f
 _TRAINED = ('Tried on other worlds: no shifts of the pictures (at 64 x 32 they kept '
     'the network collapsed), rates of .001 to .004, three schedules, people of one '
     'camera left out. The size of the difference is the world\'s')
 _TUNED = ('Tried on validation people of other worlds: rates of 1e-5 to 3e-4, one and '
     'two epochs, other shares alpha')
-_PUL = ('Our PUL is strong: its classifier starts at the cluster centres (from a random '
-    'start it loses), and it is told the exact number of people')
+_PUL = ('Our PUL is strong: its classifier starts at the cluster centres (from a '
+    'random start it loses), and it is told the exact number of people')
 _ALPHA = 'Tried: alpha of .05 and .2; the larger share is nearer to the best'
 CLAIMS = { # claim to what was tried, for those that do not hold
     '4 sets, switch > 4 sets, merge in rank1':_TRAINED,
