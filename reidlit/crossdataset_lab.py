@@ -26,7 +26,7 @@ from .results import read_result
 from .triplet_mining import TenCrops,hardest_triplets
 from .viz import PALETTE
 
-# %% ../nbs/22_crossdataset_lab.ipynb #06c9bad5
+# %% ../nbs/22_crossdataset_lab.ipynb #404eb128
 SOURCES = dict( # knobs of each world, and how its pictures are taken
     yard=dict(people=240, cameras=3, layout='ring', style=1., similarity=.6),
     shop=dict(people=320, cameras=2, layout='disjoint', style=.8, similarity=.4),
@@ -47,7 +47,7 @@ def source_sets(
     "Four data sets, each from its own world."
     out = {}
     for i,(name,knobs) in enumerate(SOURCES.items()):
-        knobs = dict(knobs, people=max(48, round(share*knobs['people'])))
+        knobs = dict(knobs, people=max(96, round(share*knobs['people'])))
         world = World(**knobs, seed=10*seed+1+i)
         s = replace(world.crops(split, _PER_CAMERA[name], size), name=name)
         out[name] = s if keep_single else drop_single_camera(s)
