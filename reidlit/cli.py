@@ -331,7 +331,7 @@ def search_folder(query:Path, gallery:Path,
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
-# %% ../nbs/80_cli.ipynb #fec68190
+# %% ../nbs/80_cli.ipynb #8ee41a04
 def experiment(
     paper:str, # `'baseline'` or `'crossdataset'`
     what:str='core', # Or `'figures'`, the long sweeps
@@ -342,10 +342,9 @@ def experiment(
     device=None # `None` chooses
 )->tuple: # A function of the seed, its claims
     "What `reproduce` runs; `ValueError` if there is no such experiment."
-    kind,preset = 'drawn' if data=='world' else 'real', preset or active_preset()
-    if (paper, what, data=='world') not in {('baseline', 'core', True),
-            ('baseline', 'core', False), ('crossdataset', 'core', True),
-            ('crossdataset', 'core', False), ('crossdataset', 'figures', True)}:
+    kind = 'drawn' if data=='world' else 'real'
+    if paper not in ('baseline', 'crossdataset') or what!='core' and \
+            (paper, what, data)!=('crossdataset', 'figures', 'world'):
         raise ValueError(f'no experiment {paper!r}, {what!r} on {data!r}: expected '
             "'baseline' or 'crossdataset'; 'figures' of crossdataset on the world")
     if paper=='crossdataset':

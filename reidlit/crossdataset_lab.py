@@ -7,19 +7,19 @@ __all__ = ['SOURCES', 'TARGET', 'CORE_ARMS', 'ALPHAS', 'MANY', 'CLAIMS', 'TABLE1
            'target_sets', 'train_arm', 'table1', 'best_counts', 'truth_of', 'table2', 'core', 'bars', 'separation',
            'figures', 'score_target', 'real_core', 'crossdataset_section']
 
-# %% ../nbs/22_crossdataset_lab.ipynb #62707934
+# %% ../nbs/22_crossdataset_lab.ipynb #5536e180
 from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt,numpy as np,torch
 from .cameras import guess_source,pool_tracklets,tracklet_table
-from .core import ReidSet,active_preset,logger
+from .core import ReidSet,active_preset,default_device,logger,seed_all
 from .crossdataset import (embedding_learner,embedding_net,
     embedding_settings,finetune,fit_embedding,presumed_positives,tracklet_scores)
 from .data.switching import SwitchSampler,drop_single_camera,join_sets
 from .data.world import World
 from .learner import evaluate,extract_features,quiet
 from .metrics.retrieval import reid_scores
-from .models import ReidModel,load_backbone
+from .models import ReidModel
 from .pul import pul
 from .report import Page,plot_claims,result_section
 from .results import read_result
@@ -64,7 +64,7 @@ def target_sets(
     film = dict(length=8, every=7, size=size, min_visible=.3)
     return {k:world.tracklets(k, **film) for k in ('train', 'val', 'test')}
 
-# %% ../nbs/22_crossdataset_lab.ipynb #a236cbe0
+# %% ../nbs/22_crossdataset_lab.ipynb #749a3e08
 CORE_ARMS = { # Table 1: which sets, which batches
     'yard':('yard', 'merge'), 'shop':('shop', 'merge'),
     '2 sets, merge':('yard shop', 'merge'), '2 sets, switch':('yard shop', 'switch'),
@@ -73,9 +73,10 @@ CORE_ARMS = { # Table 1: which sets, which batches
     '4 sets, merge':('yard shop street gate', 'merge'),
     '4 sets, switch':('yard shop street gate', 'switch')}
 
-def _numbers(s): return dict(rank1=float(s.cmc[0]), mAP=s.mAP)
-
-def _text(values): return ', '.join(f'{k} {v:.3f}' for k,v in values.items())
+def _add(out, name, scores, say, **more):
+    "Store what is kept of an arm's scores, and say it."
+    out[name] = dict(rank1=float(scores.cmc[0]), mAP=scores.mAP) | more
+    say(f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in out[name].items()))
 
 def train_arm(
     sources:dict, # Names to `ReidSet`s
@@ -89,7 +90,7 @@ def train_arm(
                               device=device)
     return fit_embedding(learn, settings).model
 
-# %% ../nbs/22_crossdataset_lab.ipynb #98f126bd
+# %% ../nbs/22_crossdataset_lab.ipynb #59b24666
 def table1(
     sources:dict, # From `source_sets`
     target:dict, # From `target_sets`
@@ -102,9 +103,8 @@ def table1(
     models,values = {},{}
     for arm,(names,how) in arms.items():
         models[arm] = train_arm(sources, names, how, settings, device)
-        s = tracklet_scores(models[arm], target['test'], settings['size'])
-        values[arm] = _numbers(s)
-        say(f'{arm}: {_text(values[arm])}')
+        _add(values, arm,
+             tracklet_scores(models[arm], target['test'], settings['size']), say)
     return models,values
 
 # %% ../nbs/22_crossdataset_lab.ipynb #76b9382a
@@ -139,7 +139,7 @@ def truth_of(
     return dict(precision=mean, lowest=min(each.values()), highest=max(each.values()),
                 wrong_negatives=float(np.mean(wrong)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #7a7104bb
+# %% ../nbs/22_crossdataset_lab.ipynb #463a93c2
 ALPHAS = (.05, .2)
 
 MANY = '4 sets, switch'
@@ -154,8 +154,7 @@ def table2(
     size,out = settings['size'],{}
     train,test = (replace(target[k], pids=None) for k in ('train', 'test'))
     def score(name, model):
-        out[name] = _numbers(tracklet_scores(model, target['test'], size))
-        say(f'{name}: {_text(out[name])}')
+        _add(out, name, tracklet_scores(model, target['test'], size), say)
     def tune(name, model, items=train, s=settings, **kw):
         t = finetune(model, items, s, disjoint=True, **kw)
         score(name, t.learn.model)
@@ -261,7 +260,7 @@ def separation(
     return dict(probe=probe.accuracy, chance=probe.chance,
                 own_set=float(np.mean(own)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #6dd65532
+# %% ../nbs/22_crossdataset_lab.ipynb #aead0d04
 def figures(
     seed:int, # Of worlds and networks
     preset:str|None=None, # `None`: the active one
@@ -275,12 +274,13 @@ def figures(
     single = source_sets(seed, size, share, keep_single=True)
     unseen = source_sets(seed, size, share, split='val')
     train = replace(target['train'], pids=None)
+    pids = tracklet_table(target['train']).pids
     def score(name, model, **more):
-        out[name] = _numbers(tracklet_scores(model, target['test'], size)) | more
-        say(f'{name}: {_text(out[name])}')
+        _add(out, name, tracklet_scores(model, target['test'], size), say, **more)
     with quiet():
-        score('untrained', embedding_net(s, device), **separation(
-            embedding_net(s, device), unseen, size))
+        seed_all(seed)
+        m = embedding_net(s, device)
+        score('untrained', m, **separation(m, unseen, size))
         for how in ('merge', 'switch', 'uniform', 'equal'):
             m = train_arm(sources, names, how, s, device)
             score(how, m, **separation(m, unseen, size))
@@ -290,19 +290,17 @@ def figures(
         score('switch, dropout .5', train_arm(sources, names, 'switch',
                                               dict(s, dropout=.5), device))
         large = target_sets(seed, _larger(size), share)['test']
-        out['switch, ten views'] = _numbers(tracklet_scores(
-            TenCrops(model, size), large, _larger(size), flip=False))
+        _add(out, 'switch, ten views', tracklet_scores(
+            TenCrops(model, size), large, _larger(size), flip=False), say)
         for a in (.02, .05, .1, .2, .4):
             t = finetune(model, train, s, disjoint=True, alpha=a)
-            score(f'alpha {a}', t.learn.model,
-                  **truth_of(t, tracklet_table(target['train']).pids))
+            score(f'alpha {a}', t.learn.model, **truth_of(t, pids))
         for name,kw in dict(same_camera={}, random=dict(negatives='random'),
                             labels=dict(negatives='labels')).items():
             items = target['train'] if name=='labels' else train
             t = finetune(model, items, s, **kw)
-            score(f'negatives: {name}', t.learn.model,
-                  **truth_of(t, tracklet_table(target['train']).pids))
-        n = len(np.unique(target['train'].pids))
+            score(f'negatives: {name}', t.learn.model, **truth_of(t, pids))
+        n = len(np.unique(pids))
         for part in (.5, 1, 2): score(f'PUL told {part} x people', pul(
             model, train, round(part*n), s)[0])
     return out
@@ -323,7 +321,7 @@ def score_target(
     return reid_scores(q[0], g[0], q[1], g[1], q[2], g[2], g_junk=g[3],
                        g_distractor=g[4])
 
-# %% ../nbs/22_crossdataset_lab.ipynb #0d1ca611
+# %% ../nbs/22_crossdataset_lab.ipynb #4499c9b0
 def real_core(
     sources:dict, # Names to labelled `ReidSet`s; empty: the drawn ones
     target, # `Splits` with train, query and gallery
@@ -338,12 +336,12 @@ def real_core(
     sources = sources or source_sets(seed, size, _share(preset))
     train = target.train.load(size)
     def score(name, model):
-        out[name] = _numbers(score_target(model, target, size))
-        say(f'{name}: {_text(out[name])}')
-    blind,way = replace(train, pids=None),'random'
+        _add(out, name, score_target(model, target, size), say)
+    blind = replace(train, pids=None)
     with quiet():
-        body = load_backbone(s['backbone'], s['weights'], last_stride=2)
-        score('first weights', ReidModel(body, dtype=embedding_net(s, device).dtype))
+        net = embedding_net(s, device)
+        first = ReidModel(net.body, dtype=net.dtype).to(default_device(device))
+        score('first weights', first)
         model = train_arm(sources, ' '.join(sources), 'switch', s, device)
         score('sources, switch', model)
         t = finetune(model, blind, s, negatives='random')

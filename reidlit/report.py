@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Page', 'data_section', 'frames_section', 'scores_section', 'search_section', 'map_section', 'plot_claims',
-           'result_section']
+           'what_was_tried', 'result_section']
 
 # %% ../nbs/17_report.ipynb #0c54c518
 import base64,html,io
@@ -216,7 +216,18 @@ def plot_claims(
     ax.tick_params('y', labelsize=8)
     return ax
 
-# %% ../nbs/17_report.ipynb #90793bd3
+# %% ../nbs/17_report.ipynb #07ad604c
+def what_was_tried(
+    claims:list # Of a stored result
+)->dict: # What was tried to the claims that do not hold
+    "Claims that do not hold, by what was tried; without those that say nothing."
+    out = {}
+    for c in claims:
+        if c['tried'] and not c['holds']:
+            out.setdefault(c['tried'], []).append(c['claim'])
+    return out
+
+# %% ../nbs/17_report.ipynb #4f779fec
 def result_section(
     page:Page, # Added to
     path # A result's file
@@ -231,8 +242,8 @@ def result_section(
                             '{:+.3f} to {:+.3f}'.format(*c['ci95']))
               for c in r['claims']]
     if claims: page.table(claims)
-    for c in r['claims']:
-        if c['tried'] and not c['holds']: page.add('p', f"{c['claim']}: {c['tried']}")
+    for why,names in what_was_tried(r['claims']).items():
+        page.add('p', f"{'; '.join(names)}: {why}")
     minutes = sum(r['seconds'].values())/60
     page.add('p', f"In per cent. {len(r['seeds'])} seeds, {minutes:.1f} minutes on "
              f"{r['hardware']['cores']} cores ({r['hardware']['cpu']}; GPU: "

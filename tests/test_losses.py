@@ -84,6 +84,15 @@ def test_gradients(loss, margin):
 
 @pytest.mark.parametrize('loss', [batch_hard_triplet, batch_all_triplet])
 @pytest.mark.parametrize('margin', MARGINS)
+def test_one_identity_and_nan_are_errors(loss, margin):
+    f, y, *_ = case(5, torch.float32)
+    with pytest.raises(ValueError, match=f'{len(f)} pids of one identity'): loss(f, y*0, margin)
+    f[3, 1] = torch.nan
+    with pytest.raises(ValueError, match='1 of .* rows, first in row 3'): loss(f, y, margin)
+
+
+@pytest.mark.parametrize('loss', [batch_hard_triplet, batch_all_triplet])
+@pytest.mark.parametrize('margin', MARGINS)
 def test_finite_where_others_are_not(loss, margin):
     "Repeated rows, equal features, single pictures, huge and tiny features."
     f, y, positives, negatives = case(5, torch.float32)
