@@ -14,7 +14,6 @@ import numpy as np,torch
 from fastai.callback.schedule import SchedExp,SchedNo,combine_scheds
 from fastai.optimizer import RMSProp
 from fastcore.basics import patch
-from .cameras import Tracklets,pool_tracklets,tracklet_table
 from reidlit.core import (ReidSet,active_preset,default_device,logger,rng_for,
     seed_all)
 from .data.augment import Augment
@@ -24,6 +23,7 @@ from .learner import (ReidLearner,ReidLoaders,extract_features,
     fast_dtype,fit_resumable,reid_learner)
 from .metrics.retrieval import reid_scores
 from .models import load_backbone
+from .tracklets import Tracklets,pool_tracklets,tracklet_table
 from .triplet_mining import EmbeddingNet,TripletLoss,first_k_triplet
 
 # %% ../nbs/21_crossdataset.ipynb #2676d085

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'TARGET', 'CORE_ARMS', 'ALPHAS', 'MANY', 'CLAIMS', 'TABLE1', 'TABLE2', 'REAL_CLAIMS', 'source_sets',
-           'target_sets', 'train_arm', 'table1', 'best_counts', 'truth_of', 'table2', 'core', 'bars', 'separation',
-           'figures', 'score_target', 'real_core', 'crossdataset_section']
+           'target_sets', 'train_arm', 'table1', 'best_counts', 'truth_of', 'table2', 'core', 'separation', 'figures',
+           'score_target', 'real_core', 'crossdataset_section']
 
-# %% ../nbs/22_crossdataset_lab.ipynb #5536e180
+# %% ../nbs/22_crossdataset_lab.ipynb #3638f4ba
 from dataclasses import replace
 from pathlib import Path
-import matplotlib.pyplot as plt,numpy as np,torch
-from .cameras import guess_source,pool_tracklets,tracklet_table
+import numpy as np,torch
+from .cameras import guess_source
 from .core import ReidSet,active_preset,default_device,logger,seed_all
 from .crossdataset import (embedding_learner,embedding_net,
     embedding_settings,finetune,fit_embedding,presumed_positives,tracklet_scores)
@@ -21,10 +21,10 @@ from .learner import evaluate,extract_features,quiet
 from .metrics.retrieval import reid_scores
 from .models import ReidModel
 from .pul import pul
-from .report import Page,plot_claims,result_section
-from .results import read_result
+from .report import Page,bars,plot_claims,result_section
+from .results import add_scores,read_result
+from .tracklets import pool_tracklets,tracklet_table
 from .triplet_mining import TenCrops,hardest_triplets
-from .viz import PALETTE
 
 # %% ../nbs/22_crossdataset_lab.ipynb #404eb128
 SOURCES = dict( # knobs of each world, and how its pictures are taken
@@ -64,7 +64,7 @@ def target_sets(
     film = dict(length=8, every=7, size=size, min_visible=.3)
     return {k:world.tracklets(k, **film) for k in ('train', 'val', 'test')}
 
-# %% ../nbs/22_crossdataset_lab.ipynb #749a3e08
+# %% ../nbs/22_crossdataset_lab.ipynb #b36956be
 CORE_ARMS = { # Table 1: which sets, which batches
     'yard':('yard', 'merge'), 'shop':('shop', 'merge'),
     '2 sets, merge':('yard shop', 'merge'), '2 sets, switch':('yard shop', 'switch'),
@@ -72,11 +72,6 @@ CORE_ARMS = { # Table 1: which sets, which batches
     '3 sets, switch':('yard shop street', 'switch'),
     '4 sets, merge':('yard shop street gate', 'merge'),
     '4 sets, switch':('yard shop street gate', 'switch')}
-
-def _add(out, name, scores, say, **more):
-    "Store what is kept of an arm's scores, and say it."
-    out[name] = dict(rank1=float(scores.cmc[0]), mAP=scores.mAP) | more
-    say(f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in out[name].items()))
 
 def train_arm(
     sources:dict, # Names to `ReidSet`s
@@ -90,7 +85,7 @@ def train_arm(
                               device=device)
     return fit_embedding(learn, settings).model
 
-# %% ../nbs/22_crossdataset_lab.ipynb #59b24666
+# %% ../nbs/22_crossdataset_lab.ipynb #ec8c58fc
 def table1(
     sources:dict, # From `source_sets`
     target:dict, # From `target_sets`
@@ -103,7 +98,7 @@ def table1(
     models,values = {},{}
     for arm,(names,how) in arms.items():
         models[arm] = train_arm(sources, names, how, settings, device)
-        _add(values, arm,
+        add_scores(values, arm,
              tracklet_scores(models[arm], target['test'], settings['size']), say)
     return models,values
 
@@ -139,7 +134,7 @@ def truth_of(
     return dict(precision=mean, lowest=min(each.values()), highest=max(each.values()),
                 wrong_negatives=float(np.mean(wrong)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #463a93c2
+# %% ../nbs/22_crossdataset_lab.ipynb #c4ff57d3
 ALPHAS = (.05, .2)
 
 MANY = '4 sets, switch'
@@ -154,7 +149,7 @@ def table2(
     size,out = settings['size'],{}
     train,test = (replace(target[k], pids=None) for k in ('train', 'test'))
     def score(name, model):
-        _add(out, name, tracklet_scores(model, target['test'], size), say)
+        add_scores(out, name, tracklet_scores(model, target['test'], size), say)
     def tune(name, model, items=train, s=settings, **kw):
         t = finetune(model, items, s, disjoint=True, **kw)
         score(name, t.learn.model)
@@ -216,26 +211,7 @@ CLAIMS = { # claim to what was tried, for those that do not hold
     'shop, PUL > shop, ours in rank1':_PUL,
     '4 sets, switch, ours + 0.005 > 4 sets, switch, alpha per pair in rank1':_ALPHA}
 
-# %% ../nbs/22_crossdataset_lab.ipynb #27c65f3c
-def bars(
-    result:dict, # A stored result
-    groups:dict, # Label below a group: names of its variants
-    metric:str='rank1', # What to show
-    ax=None # Where to draw; `None` makes a figure
-): # The axis
-    "Means over seeds as bars, a dot for each seed."
-    ax = ax or plt.subplots(figsize=(7.5, 2.8))[1]
-    x,ticks = 0,[]
-    for label,names in groups.items():
-        for i,name in enumerate(names):
-            v = np.array(result['variants'][name][metric])
-            ax.bar(x, v.mean(), .8, color=PALETTE[i], alpha=.75)
-            ax.plot([x]*len(v), v, 'k.', ms=4); x += 1
-        ticks.append((x-len(names)/2-.5, label)); x += .7
-    ax.set_xticks(*zip(*ticks)); ax.set(ylabel=metric, ylim=(0, 1))
-    ax.tick_params('x', labelsize=8)
-    return ax
-
+# %% ../nbs/22_crossdataset_lab.ipynb #a2439efa
 TABLE1 = {'one set':['yard', 'shop']} | {f'{n} sets':[
     f'{n} sets, {how}' for how in ('merge', 'switch')] for n in (2, 3, 4)}
 TABLE2 = {f'from {k}':[k, f'{k}, ours', f'{k}, PUL'] for k in ('shop', 'yard', MANY)}
@@ -260,7 +236,7 @@ def separation(
     return dict(probe=probe.accuracy, chance=probe.chance,
                 own_set=float(np.mean(own)))
 
-# %% ../nbs/22_crossdataset_lab.ipynb #aead0d04
+# %% ../nbs/22_crossdataset_lab.ipynb #d5d91a32
 def figures(
     seed:int, # Of worlds and networks
     preset:str|None=None, # `None`: the active one
@@ -276,7 +252,7 @@ def figures(
     train = replace(target['train'], pids=None)
     pids = tracklet_table(target['train']).pids
     def score(name, model, **more):
-        _add(out, name, tracklet_scores(model, target['test'], size), say, **more)
+        add_scores(out, name, tracklet_scores(model, target['test'], size), say, **more)
     with quiet():
         seed_all(seed)
         m = embedding_net(s, device)
@@ -290,7 +266,7 @@ def figures(
         score('switch, dropout .5', train_arm(sources, names, 'switch',
                                               dict(s, dropout=.5), device))
         large = target_sets(seed, _larger(size), share)['test']
-        _add(out, 'switch, ten views', tracklet_scores(
+        add_scores(out, 'switch, ten views', tracklet_scores(
             TenCrops(model, size), large, _larger(size), flip=False), say)
         for a in (.02, .05, .1, .2, .4):
             t = finetune(model, train, s, disjoint=True, alpha=a)
@@ -321,7 +297,7 @@ def score_target(
     return reid_scores(q[0], g[0], q[1], g[1], q[2], g[2], g_junk=g[3],
                        g_distractor=g[4])
 
-# %% ../nbs/22_crossdataset_lab.ipynb #4499c9b0
+# %% ../nbs/22_crossdataset_lab.ipynb #696bd9df
 def real_core(
     sources:dict, # Names to labelled `ReidSet`s; empty: the drawn ones
     target, # `Splits` with train, query and gallery
@@ -336,7 +312,7 @@ def real_core(
     sources = sources or source_sets(seed, size, _share(preset))
     train = target.train.load(size)
     def score(name, model):
-        _add(out, name, score_target(model, target, size), say)
+        add_scores(out, name, score_target(model, target, size), say)
     blind = replace(train, pids=None)
     with quiet():
         net = embedding_net(s, device)

@@ -1,4 +1,4 @@
-"Probes, alignment and tracklets against plain loops, on random labels."
+"Probes, alignment and losses by camera against plain loops, on random labels."
 import numpy as np
 import pytest
 import torch
@@ -9,9 +9,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from reidlit.cameras import (_parts, guess_source, pool_tracklets,
-                             standardise_per_camera, tracklet_table)
-from reidlit.core import ReidSet, rng_for
+from reidlit.cameras import (_parts, accumulate_ids, camera_cross_entropy,
+                             camera_mean, check_ids, guess_source,
+                             standardise_per_camera)
+from reidlit.core import rng_for
 
 
 def case(seed, tracks=12):
@@ -22,47 +23,6 @@ def case(seed, tracks=12):
     cams, pids = g.integers(0, 3, tracks), g.integers(0, 5, tracks)
     x = torch.tensor(g.normal(2, 3, (len(which), 7)), dtype=torch.float32)
     return g, x, ids, which, cams, pids
-
-
-@pytest.mark.parametrize('seed', range(12))
-@pytest.mark.parametrize('normalise', [None, 'before', 'after'])
-def test_pooling_against_a_loop(seed, normalise):
-    _, x, ids, which, cams, pids = case(seed)
-    mean, t, c, p, none = pool_tracklets(x, ids[which], ids[which], cams[which],
-                                         pids[which], None, normalise=normalise)
-    loop = []
-    for i in range(len(ids)):
-        rows = [x[j] for j in range(len(x)) if which[j] == i]
-        if normalise == 'before': rows = [r/r.norm() for r in rows]
-        m = sum(rows)/len(rows)
-        loop.append(m/m.norm() if normalise == 'after' else m)
-    assert mean.dtype == torch.float32 and torch.allclose(mean, torch.stack(loop), atol=1e-5)
-    assert (t == ids).all() and (c == cams).all() and (p == pids).all() and none is None
-
-
-def test_pooling_takes_arrays_halves_and_tensors_of_labels():
-    _, x, ids, which, cams, _ = case(1)
-    mean, c = pool_tracklets(x, torch.tensor(ids[which]), torch.tensor(cams[which]))
-    assert (c == cams).all()
-    assert torch.equal(pool_tracklets(x.numpy(), ids[which])[0], mean)
-    half, = pool_tracklets(x.half(), ids[which])
-    assert half.dtype == torch.float32 and torch.allclose(half, mean, atol=1e-2)
-    junk = cams[which] == 0
-    assert pool_tracklets(x, ids[which], junk)[1].dtype == bool
-
-
-@pytest.mark.parametrize('seed', range(8))
-def test_a_label_that_changes_is_named(seed):
-    g, x, ids, which, cams, _ = case(seed)
-    counts = np.bincount(which)
-    t = g.choice(np.flatnonzero(counts > 1))
-    labels = cams[which]
-    labels[g.choice(np.flatnonzero(which == t))] += 1
-    with pytest.raises(ValueError, match=rf'tracklet {ids[t]}: labels\[1\]'):
-        pool_tracklets(x, ids[which], None, labels)
-    with pytest.raises(ValueError, match=f'tracklet {ids[t]}: camids'):
-        tracklet_table(ReidSet(np.zeros((len(x), 2, 1, 3), np.uint8), None, labels,
-                               ids[which]))
 
 
 @pytest.mark.parametrize('seed', range(12))
@@ -141,30 +101,188 @@ def test_the_probe_is_the_same_again_and_takes_tensors():
     assert (a.confusion == b.confusion).all()
 
 
-def test_table():
-    g, _, ids, which, cams, pids = case(4)
-    n = len(which)
-    s = ReidSet(np.zeros((n, 2, 1, 3), np.uint8), pids[which], cams[which], ids[which],
-                g.permutation(n))
-    t = tracklet_table(s)
-    assert len(t) == 12 and (t.tids == ids).all()
-    assert (t.camids == cams).all() and (t.pids == pids).all()
-    for i, r in enumerate(t.rows):
-        assert set(r) == set(np.flatnonzero(which == i))
-        assert (np.diff(s.frames[r]) > 0).all()
-        assert (t.start[i], t.end[i]) == (s.frames[r].min(), s.frames[r].max())
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_cuda():
+    _, x, _, which, _, _ = case(5)
+    a, b = standardise_per_camera(x, cams[which]), standardise_per_camera(x.cuda(), cams[which])
+    assert b.is_cuda and torch.allclose(a, b.cpu(), atol=1e-4)
 
 
-def test_normalising_a_zero_row_is_finite():
-    mean, = pool_tracklets(torch.zeros(3, 2), [0, 0, 1], normalise='before')
-    assert mean.isfinite().all()
-    assert F.normalize(mean).isfinite().all()
+def labelled(seed, cameras=4):
+    "Labels inside each camera, with holes, and the loop's numbering of them."
+    g = rng_for('test ids', seed)
+    n = int(g.integers(20, 200))
+    camids = np.r_[np.arange(cameras), g.integers(0, cameras, n)]
+    pids = g.choice(g.choice(1000, 12, replace=False), len(camids))
+    return g, pids, camids
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_accumulating_against_a_loop(seed):
+    _, pids, camids = labelled(seed)
+    ids = accumulate_ids(pids, camids)
+    number = {}
+    for c in range(4):
+        for p in sorted(set(pids[camids == c])): number[c, p] = len(number)
+    assert ids.labels.tolist() == [number[c, p] for c, p in zip(camids, pids)]
+    assert list(zip(ids.cameras, ids.pids)) == list(number) and len(ids) == len(number)
+    assert ids.counts.tolist() == [sum(k[0] == c for k in number) for c in range(4)]
+    assert ids.labels.dtype == ids.cameras.dtype == ids.pids.dtype == np.int64
+    check_ids(torch.tensor(ids.labels), torch.tensor(ids.cameras), torch.tensor(camids))
+    assert f'{len(number)} identities in 4 cameras' in str(ids)
+
+
+def test_accumulating_takes_tensors_lists_and_any_integers():
+    _, pids, camids = labelled(1)
+    want = accumulate_ids(pids, camids)
+    for a, b in ((torch.tensor(pids), torch.tensor(camids)), (pids.tolist(), camids.tolist()),
+                 (pids.astype(np.int32), camids.astype(np.uint8)), (pids+10**17, camids)):
+        got = accumulate_ids(a, b)
+        assert (got.labels == want.labels).all() and (got.cameras == want.cameras).all()
+
+
+@pytest.mark.parametrize('pids, camids, text', [
+    (None, None, 'pids is None'), (None, [0], 'pids is None'), ([0], None, 'camids is None'),
+    ([0, 1], [0], r'camids: shape \(1,\), expected \(2,\)'),
+    ([[0]], [0], r'pids: shape \(1, 1\)'), ([], [], 'empty'),
+    ([0, 1, -2], [0]*3, 'pids: -2 in row 2'), ([0, 1], [0, -1], 'camids: -1 in row 1'),
+    (['a'], [0], 'pids: <U1'), ([.5], [0], 'pids: float64'),
+    ([0, 0], [1, 2], 'camera 0 has no pictures'),
+    ([0]*4, [0, 1, 2, 9], r'camera 3 has no pictures.*np\.unique\(camids, return_inverse=True\)\[1\]')])
+def test_accumulating_names_what_is_off(pids, camids, text):
+    with pytest.raises(ValueError, match=text): accumulate_ids(pids, camids)
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_camera_mean_against_a_loop(seed):
+    g = rng_for('test mean', seed)
+    n = int(g.integers(1, 60))
+    each = torch.tensor(g.normal(size=n), requires_grad=True)
+    cams, valid = torch.tensor(g.integers(0, 5, n)*7-3), torch.tensor(g.random(n) < .6)
+    for v in (None, valid):
+        ok = torch.ones(n, dtype=torch.bool) if v is None else v
+        want = sum(each[(cams == c) & ok].mean() for c in range(-3, 40)
+                   if ((cams == c) & ok).any()) + 0*each.sum()
+        got = camera_mean(each, cams, v)
+        assert got.dtype == torch.float64 and torch.isclose(got, want)
+        a, = torch.autograd.grad(got, each)
+        assert torch.allclose(a, torch.autograd.grad(want, each)[0])
+
+
+@pytest.mark.parametrize('bad', [torch.nan, torch.inf, -torch.inf])
+def test_what_does_not_count_does_not_leak(bad):
+    each = torch.tensor([1., bad, 4., bad], requires_grad=True)
+    valid, cams = torch.tensor([True, False, True, False]), torch.tensor([0, 0, 0, 1])
+    loss = camera_mean(each, cams, valid)
+    loss.backward()
+    assert loss == 2.5 and each.grad.tolist() == [.5, 0, .5, 0]
+    each.grad = None
+    loss = camera_mean(each, cams, valid & False)
+    loss.backward()
+    assert loss == 0 and (each.grad == 0).all()
+    none = camera_mean(each[:0], cams[:0])
+    assert none == 0 and none.requires_grad
+
+
+def test_camera_mean_never_reads_a_value():
+    "Tensors without data: what would wait for a GPU (`item`, `unique`, `if`) fails."
+    each, cams = torch.ones(5, device='meta'), torch.ones(5, device='meta', dtype=torch.int64)
+    assert camera_mean(each, cams, cams > 0).shape == camera_mean(each, cams).shape == ()
+    with pytest.raises((RuntimeError, NotImplementedError)): cams.unique()
+
+
+def test_camera_mean_refuses():
+    each, cams = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    for a in ((each, cams[:2]), (each[None], cams), (each, cams, torch.ones(2) > 0)):
+        with pytest.raises(ValueError, match='has shape'): camera_mean(*a)
+    with pytest.raises(ValueError, match='valid: torch.int64'): camera_mean(each, cams, cams)
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_cross_entropy_against_separate_heads(seed):
+    g, pids, camids = labelled(seed)
+    ids = accumulate_ids(pids, camids)
+    some = g.choice(len(pids), 16)  # a batch, in which a camera may be missing
+    y, cam, of = (torch.tensor(v) for v in (ids.labels[some], camids[some], ids.cameras))
+    x = torch.tensor(g.normal(size=(16, 6)))
+    w = torch.tensor(g.normal(size=(len(ids), 6)), requires_grad=True)
+    loss = camera_cross_entropy(x@w.T, y, of, cam)
+    heads = 0
+    for c in range(4):
+        first = int((of < c).sum())
+        head = w[first:first+int((of == c).sum())]
+        if (cam == c).any(): heads = heads + F.cross_entropy(x[cam == c]@head.T, y[cam == c]-first)
+    assert torch.isclose(loss, heads, atol=1e-6)
+    a, = torch.autograd.grad(loss, w)
+    assert torch.allclose(a, torch.autograd.grad(heads, w)[0], atol=1e-6)
+    p = torch.tensor(g.permutation(len(ids)))  # identities in any order
+    inverse = p.argsort()
+    assert torch.isclose(camera_cross_entropy((x@w.T)[:, p], inverse[y], of[p], cam), loss)
+
+
+def test_cross_entropy_sees_nothing_of_other_cameras():
+    of, y = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 3])
+    z = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    other = of[y][:, None] != of
+    want = camera_cross_entropy(z, y, of)
+    for v in (1e30, torch.inf, torch.nan):
+        z2 = z.masked_fill(other, v).requires_grad_()
+        loss = camera_cross_entropy(z2, y, of)
+        loss.backward()
+        assert loss == want and (z2.grad[other] == 0).all() and z2.grad.isfinite().all()
+
+
+def test_one_identity_alone_costs_nothing():
+    of, y = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 0])
+    z = torch.tensor([[9., 1, 0], [-9, 0, 1], [0, 0, 0]], requires_grad=True)
+    loss = camera_cross_entropy(z, y, of)
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
+
+
+def test_cross_entropy_under_autocast():
+    of, y = torch.tensor([0]*300+[1]*300), torch.arange(0, 600, 40)
+    layer = torch.nn.Linear(32, 600, bias=False)
+    x = torch.randn(15, 32, generator=torch.Generator().manual_seed(1))
+    with torch.autocast('cpu', torch.bfloat16):
+        z = layer(x)
+        loss = camera_cross_entropy(z, y, of)
+        assert z.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        assert camera_cross_entropy(z.double(), y, of).dtype == torch.float64
+    assert torch.isclose(loss, camera_cross_entropy(z.float(), y, of), atol=1e-6)
+    assert camera_mean(z[:, 0], of[y]).dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_wrong_ids_are_named():
+    of, y = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 4, 2])
+    z = torch.zeros(3, 5)
+    check_ids(y, of), check_ids(y, of, torch.tensor([0, 1, 1])), check_ids(y[:0], of[:0], y[:0])
+    for fails, text in (((y+1, of), 'row 1: label 5, expected 0 to 4'),
+                        ((y-1, of), 'row 0: label -1'),
+                        ((y, of[:0]), 'row 0: label 0, expected 0 to -1'),
+                        ((y, of, torch.tensor([0, 1, 0])),
+                         'row 2: label 2 is of camera 1, its picture of camera 0'),
+                        ((y, of, y[:2]), 'camids has shape'), ((y[None], of), 'labels has shape'),
+                        ((y.float(), of), 'labels: torch.float32'),
+                        ((y > 0, of), 'labels: torch.bool'),
+                        ((y, of.numpy()), 'cameras: int64, expected a tensor')):
+        with pytest.raises(ValueError, match=text): check_ids(*fails)
+        if 'camids has' not in text:
+            with pytest.raises(ValueError, match=text): camera_cross_entropy(z, *fails)
+    with pytest.raises(ValueError, match='cameras has shape'): camera_cross_entropy(z[:, :4], y*0, of)
+    with pytest.raises(ValueError, match='labels has shape'): camera_cross_entropy(z[:2], y, of)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def test_cuda():
-    _, x, ids, which, cams, _ = case(5)
-    a, b = pool_tracklets(x, ids[which])[0], pool_tracklets(x.cuda(), ids[which])[0]
-    assert b.is_cuda and torch.allclose(a, b.cpu(), atol=1e-5)
-    a, b = standardise_per_camera(x, cams[which]), standardise_per_camera(x.cuda(), cams[which])
-    assert b.is_cuda and torch.allclose(a, b.cpu(), atol=1e-4)
+def test_cross_entropy_on_cuda():
+    of, y = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 4, 2, 1])
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    a, b = camera_cross_entropy(z, y, of), camera_cross_entropy(z.cuda(), y.cuda(), of.cuda())
+    assert b.is_cuda and torch.isclose(a, b.cpu(), atol=1e-6)
+    each, cams, ok = b.repeat(4), y.cuda(), z[:, 0].cuda() > 0
+    camera_mean(each, cams, ok)  # kernels are loaded now
+    torch.cuda.set_sync_debug_mode('error')  # waiting for the device is an error
+    try: camera_mean(each, cams, ok)
+    finally: torch.cuda.set_sync_debug_mode('default')

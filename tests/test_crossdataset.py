@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from reidlit.cameras import Tracklets
 from reidlit.core import ReidSet, rng_for
 from reidlit.crossdataset import (SETTINGS, Positives, PositivesSampler, batch_sampler,
                                   cooccurring_negatives, embedding_net,
                                   embedding_settings, finetune, flat_then_exp,
                                   presumed_positives, random_negatives)
 from reidlit.learner import quiet
+from reidlit.tracklets import Tracklets
 
 
 def features(seed, n=24, cameras=4, whole=False):
