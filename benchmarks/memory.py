@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--threads 1] [--rounds 40] [--batch 64] [--dim 2048] [--ids 3262] [--device cpu]
 
-A step is: loss, its gradient back to the features, update of the rows. Its floor are the two products that no way of
-computing it can do without, f @ K.T and the gradient's g @ K. Peers: the same step by a loop over cameras and an update
-picture by picture. All run in one process, in turn, the order shuffled each round; the best round of each counts, so that other work on
+A step is: loss, its gradient back to the features, update of the rows. Its floor are two products, f @ K.T and the
+gradient's g @ K. The peer is a loop over cameras, which multiplies a camera's pictures with its own rows alone (a sixth
+of the products with 6 cameras, so it is quicker on a CPU), and an update picture by picture. All run in one process, in shuffled turn; the best round of each counts, so that other work on
 the machine disturbs all alike. Demanded: step / floor below 1.3, and 15 cameras no slower than 6.
 """
 import argparse
