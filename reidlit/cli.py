@@ -332,12 +332,12 @@ def search_folder(query:Path, gallery:Path,
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
-# %% ../nbs/80_cli.ipynb #e2a17976
+# %% ../nbs/80_cli.ipynb #634ed4bb
 LABS = dict(crossdataset=crossdataset_lab, ics=ics_lab)
 
 def experiment(
     paper:str, # `'baseline'` or one of `LABS`
-    what:str='core', # Or `'figures'`, the long sweeps
+    what:str='core', # Or `'figures'`, the long sweeps, ...
     data:str='world', # Or a real set
     root=None, # Its folder
     sources=(), # Labelled sets `NAME=FOLDER`; none: drawn worlds
@@ -346,16 +346,17 @@ def experiment(
 )->tuple: # A function of the seed, its claims
     "What `reproduce` runs; `ValueError` if there is no such experiment."
     kind = 'drawn' if data=='world' else 'real'
-    if paper not in ('baseline', *LABS) or what not in ('core', 'figures') or \
-            what=='figures' and (paper=='baseline' or data!='world'):
+    known = {k:list(lab.EXPERIMENTS) for k,lab in LABS.items()} | dict(baseline=['core'])
+    if what not in known.get(paper, ()) or what!='core' and data!='world':
         raise ValueError(f'no experiment {paper!r}, {what!r} on {data!r}: expected '
-            f"'baseline' or {list(LABS)}; 'figures' of those on the world")
+                         f'one of {known}, and core alone on a real set')
     if sources and paper!='crossdataset': raise ValueError(
         f'source {sources[0]!r}: only crossdataset starts from labelled sets')
     if paper in LABS:
         lab,kw = LABS[paper],dict(preset=preset, device=device, say=typer.echo)
-        if what=='figures': return partial(lab.figures, **kw),{}
-        if data=='world': return partial(lab.core, **kw),lab.CLAIMS
+        if data=='world':
+            run,claims = lab.EXPERIMENTS[what]
+            return partial(run, **kw),claims
         start = [read_sources(sources)] if paper=='crossdataset' else []
         return partial(lab.real_core, *start, open_data(data, root), **kw),lab.REAL_CLAIMS
     def run(seed):
@@ -366,10 +367,10 @@ def experiment(
         return dict(untrained=_numbers(r.before), trained=_numbers(r.after))
     return run,['trained > untrained in mAP']
 
-# %% ../nbs/80_cli.ipynb #c7406e2d
+# %% ../nbs/80_cli.ipynb #b2c65b7c
 @app.command()
 def reproduce(paper:Annotated[str, typer.Argument(help='baseline, '+', '.join(LABS))],
-    what:Annotated[str, typer.Option(help='core or figures')]='core',
+    what:Annotated[str, typer.Option(help='core, figures, or pictures')]='core',
     data:DataArg='world', root:RootArg=None,
     source:Annotated[Optional[list[str]], typer.Option(
         help='NAME=FOLDER, a labelled set to start from; can be repeated')]=None,

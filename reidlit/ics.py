@@ -276,7 +276,7 @@ def join_identities(
         '%d of %d pictures belong to identities that joined nobody', lost, len(kept))
     return replace(train, pids=joined)[kept]
 
-# %% ../nbs/32_ics.ipynb #a5c40150
+# %% ../nbs/32_ics.ipynb #b063a496
 @dataclass
 class IcsFit:
     "What `fit_ics` returns."
@@ -309,12 +309,14 @@ def fit_ics(
     scored = dict(query=query, gallery=gallery, device=device)
     one = variant if v['labels']=='camera' else 'M5'
     if first is None:
-        first = _stage(ics_learner(train, one, s, **scored), s, folder, 'stage1', resume)
+        first = ics_learner(train, one, s, **scored)
+        first = _stage(first, s, folder, 'stage1', resume)
     if v['labels']=='camera': return IcsFit(first, first, None)
     found = None
     if v['labels']=='joined':
         c = identity_centroids(first.model, train, first.ids, s)
-        found = associate(c, first.ids.cameras, s['S'], s['rule'], s['keep_singletons'])
+        found = associate(c, first.ids.cameras, s['S'], s['rule'],
+                          s['keep_singletons'])
         train = join_identities(train, first.ids, found)
     learn = ics_learner(train, variant, s, first.model, **scored)
     return IcsFit(_stage(learn, s, folder, 'stage2', resume), first, found)
