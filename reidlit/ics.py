@@ -40,10 +40,10 @@ def _variant(name):
         raise ValueError(f'variant {name!r}: expected one of {tuple(VARIANTS)}')
     return VARIANTS[name]
 
-# %% ../nbs/32_ics.ipynb #11248798
+# %% ../nbs/32_ics.ipynb #0430e035
 _TINY = dict(backbone='tiny16', weights=None, size=(64, 32), pad=0., erasing=0.,
              lr=1e-3, wd=.05)
-_MOBILE = dict(backbone='mobilenet_v2', weights='pip', size=(128, 64), pad=10.,
+_MOBILE = dict(backbone='mobilenet_v2', weights='pip', size=(96, 48), pad=10.,
                erasing=.5, lr=3.5e-4, wd=5e-4)
 _LARGE = dict(backbone='resnet50', weights='hub', size=(256, 128), pad=10.,
               erasing=.5, lr=3.5e-4, wd=5e-4)
