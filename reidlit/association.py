@@ -17,7 +17,7 @@ from .core import _labels,check_shapes
 from .metrics.retrieval import _features
 from .viz import PALETTE,RIGHT,WRONG,camera_color,embed_2d,show_crops
 
-# %% ../nbs/31_association.ipynb #bca4c9c2
+# %% ../nbs/31_association.ipynb #6c1977ce
 class _Nearest:
     "The `most` nearest pairs so far: rows, bounds of the squared distance."
     def __init__(self, x, size, most):
@@ -41,19 +41,17 @@ class _Nearest:
             low,high = (d2*(1-1e-6)).float(),(d2*(1+1e-6)).float()
         self.parts,self.held = [(rows, low, high)],len(low)
 
-# %% ../nbs/31_association.ipynb #5780c071
-@patch
-def measured(self:_Nearest, rows):
-    "The first of these pairs `(2,M)` and their distances, in order."
-    step = max(1, 2**22//self.x.shape[1])
-    def dist(i, j):
-        d = (self.x[i].double()-self.x[j].double())/self.size
-        return d.square().sum(1).sqrt()*self.size
-    d = torch.cat([dist(*r) for r in rows.split(step, 1)])
-    rows = rows.sort(0).values
-    keys = [v.cpu().numpy() for v in (rows[1], rows[0], d)]
-    k = torch.from_numpy(np.lexsort(keys)[:self.most]).to(d.device)
-    return rows[:, k],d[k]
+    def measured(self, rows):
+        "The first of these pairs `(2,M)` and their distances, in order."
+        step = max(1, 2**22//self.x.shape[1])
+        def dist(i, j):
+            d = (self.x[i].double()-self.x[j].double())/self.size
+            return d.square().sum(1).sqrt()*self.size
+        d = torch.cat([dist(*r) for r in rows.split(step, 1)])
+        rows = rows.sort(0).values
+        keys = [v.cpu().numpy() for v in (rows[1], rows[0], d)]
+        k = torch.from_numpy(np.lexsort(keys)[:self.most]).to(d.device)
+        return rows[:, k],d[k]
 
 # %% ../nbs/31_association.ipynb #e45f64dd
 def _whole(n, name):

@@ -6,11 +6,12 @@
 __all__ = ['VARIANTS', 'SETTINGS', 'PAPER', 'ics_settings', 'UnitEmbedding', 'IcsOutput', 'IcsModel', 'IcsLoss', 'UpdateMemory',
            'step_decay', 'ics_learner', 'fit_stage', 'identity_centroids', 'join_identities', 'IcsFit', 'fit_ics']
 
-# %% ../nbs/32_ics.ipynb #ed24edf8
+# %% ../nbs/32_ics.ipynb #133c3cff
 from dataclasses import dataclass,replace
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
+import numpy as np,torch,torch.distributed as dist,torch.nn as nn
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from .association import Association,associate
 from .cameras import CameraIds,accumulate_ids,camera_cross_entropy
@@ -154,12 +155,24 @@ class IcsLoss:
         return loss+quintuplet_loss(pred.pooled, y, self.cameras[y], m1=s['m1'],
                                     m2=s['m2'], reduction=s['reduction'], **also)
 
-# %% ../nbs/32_ics.ipynb #43e1ffde
+# %% ../nbs/32_ics.ipynb #407a9807
+def _of_all(x):
+    "The rows of all processes, by rank; `x` itself where there is one."
+    if not (dist.is_available() and dist.is_initialized()): return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
 class UpdateMemory(Callback):
     "Eq. 1 after each backward pass, with the features of the step."
+    def __init__(self,
+        memory:CameraMemory # What to update
+    ): self.memory = memory
+
     def before_step(self):
         "Mix the batch into the memory."
-        self.model.memory.update(self.pred.unit, self.yb[0])
+        unit,labels = _of_all(self.pred.unit.detach()),_of_all(self.yb[0])
+        self.memory.update(unit, labels)
 
 # %% ../nbs/32_ics.ipynb #2cc29af4
 def step_decay(
@@ -176,7 +189,7 @@ def step_decay(
         return lr*grown*gamma**sum(done>=m-1e-9 for m in milestones)
     return dict(lr=rate)
 
-# %% ../nbs/32_ics.ipynb #3d516316
+# %% ../nbs/32_ics.ipynb #7d8eab79
 def _network(s, v, cameras, device):
     "The network of a variant, its memory empty."
     body = load_backbone(s['backbone'], s['weights'])
@@ -212,7 +225,7 @@ def ics_learner(
         model.neck.load_state_dict(start.neck.state_dict())
     learn = reid_learner(dls, model, query, gallery, IcsLoss(model, cameras, v, s),
         lr=s['lr'], wd=s['wd'], seed=s['seed'],
-        cbs=[] if model.memory is None else [UpdateMemory()])
+        cbs=[] if model.memory is None else [UpdateMemory(model.memory)])
     learn.ids,learn.variant = ids,variant
     if model.memory is not None and s['start']=='features':
         _feature_pass(model, train, s['size'])

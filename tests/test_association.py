@@ -10,8 +10,9 @@ import torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from reidlit.association import (Association, _agree, associate, association_explorer,
-                                 nearest_pairs, plot_association, show_groups)
+from reidlit.association import (Association, _agree, _blocks, _Nearest, associate,
+                                 association_explorer, nearest_pairs, plot_association,
+                                 show_groups)
 from reidlit.core import rng_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +174,30 @@ def test_no_large_block(monkeypatch):
     nearest_pairs(rng_for('blocks').normal(size=(800, 4)), cams, 800, 100)
     assert max(map(max, sizes)) == 100
     assert sum(a*b for a, b in sizes) == 500*30+500*270+30*270
+
+
+def test_blocks_hold_every_pair_of_two_cameras_once():
+    assert [(a.start, a.stop, b.start, b.stop) for a, b in _blocks([0, 3, 6, 9], 6)] == \
+        [(0, 3, 3, 9), (3, 6, 6, 9)]
+    start = [0, 4, 5, 12]
+    which = np.repeat(range(3), np.diff(start))
+    met = [(i, j) for a, b in _blocks(start, 3) for i in range(12)[a] for j in range(12)[b]]
+    assert sorted(met) == [(i, j) for i in range(12) for j in range(i+1, 12) if which[i] != which[j]]
+
+
+def test_what_is_forgotten_is_farther():
+    "Loose bounds keep more pairs than S, never fewer of the nearest."
+    x, cams, _ = case(4, False)
+    rows, dist, _ = table(x, cams)
+    for loose in (1e-6, .3):
+        near = _Nearest(torch.from_numpy(x), size=8, most=9)
+        bound = torch.from_numpy(dist/8).square()
+        near.add(torch.from_numpy(rows.T[::-1].copy()), bound*(1-loose), bound*(1+loose))
+        near.prune()
+        assert 9 <= near.held < len(dist) and (near.held == 9) == (loose < .1)
+        got, d = near.measured(near.parts[0][0])
+        np.testing.assert_array_equal(got.T, rows[:9])
+        np.testing.assert_allclose(d, dist[:9], rtol=1e-12)
 
 
 def test_scores_against_loops():

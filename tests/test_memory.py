@@ -144,6 +144,25 @@ def test_unseen_rows_are_a_logit_of_zero():
     assert p[0] == p[2] > 0
 
 
+def test_a_row_that_cancels_counts_as_unseen():
+    memory = CameraMemory([0, 0], 2)
+    f = torch.tensor([[0., 1.]])
+    memory.update(f, torch.tensor([1]))
+    memory.update(-f, torch.tensor([1]))
+    assert (memory.centroids == 0).all() and not memory.seen.any()
+    still = CameraMemory([0], 2, momentum=1.)
+    still.update(f, torch.tensor([0]))
+    assert not still.seen.any()
+
+
+def test_half_precision_products_would_be_rough():
+    memory, f, _ = case(9, n=30, dim=64)
+    with torch.autocast('cpu', torch.bfloat16):
+        rough, exact = f@memory.centroids.T, memory.similarities(f)
+    assert rough.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    assert 15*(rough-exact).abs().max() > 15*(f@memory.centroids.T-exact).abs().max()+.01
+
+
 def test_one_identity_in_a_camera():
     memory = CameraMemory([0, 1, 1], 4)
     f = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
