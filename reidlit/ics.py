@@ -189,11 +189,13 @@ def step_decay(
         return lr*grown*gamma**sum(done>=m-1e-9 for m in milestones)
     return dict(lr=rate)
 
-# %% ../nbs/32_ics.ipynb #7d8eab79
+# %% ../nbs/32_ics.ipynb #4aedcb77
 def _network(s, v, cameras, device):
     "The network of a variant, its memory empty."
     body = load_backbone(s['backbone'], s['weights'])
-    dtype = None if s['backbone'].startswith('tiny') else fast_dtype(device)
+    if not s['backbone'].startswith('tiny'): # faster on CPUs too
+        body = body.to(memory_format=torch.channels_last)
+    dtype = fast_dtype(device) if device.type=='cuda' else None
     if v['classifier']=='softmax':
         return IcsModel(body, n_classes=len(cameras), dtype=dtype)
     memory = CameraMemory(cameras, s['dim'] or body.num_features, s['momentum'],
