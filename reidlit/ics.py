@@ -291,7 +291,7 @@ def join_identities(
         '%d of %d pictures belong to identities that joined nobody', lost, len(kept))
     return replace(train, pids=joined)[kept]
 
-# %% ../nbs/32_ics.ipynb #b063a496
+# %% ../nbs/32_ics.ipynb #127ff516
 @dataclass
 class IcsFit:
     "What `fit_ics` returns."
@@ -299,6 +299,19 @@ class IcsFit:
     first:ReidLearner # Of stage one; the same for M1 to M5
     association:Association|None # Between the stages, for M6 and M7
 
+def _check_first(train, variant, first):
+    "Raise unless a stage one was handed in that fits, or none."
+    labels = VARIANTS[variant]['labels']
+    if labels=='joined' and train.camids is not None and \
+            len(cams := np.unique(train.camids))<2:
+        raise ValueError(f'cameras: only {cams}, expected 2 or more')
+    if first is None: return
+    if labels=='camera': raise ValueError(
+        f'{variant} has one stage; first= is for M6 to M8')
+    if first.ids is None or len(first.ids.labels)!=len(train):
+        raise ValueError('first: not a stage one of these pictures')
+
+# %% ../nbs/32_ics.ipynb #280aed9f
 def _stage(learn, s, folder, name, resume):
     "A fitted stage, from its own folder on if it was begun there."
     if folder is None: return fit_stage(learn, s)
@@ -312,7 +325,7 @@ def fit_ics(
     train:ReidSet, # Pictures with pids and camids
     variant:str='M7', # A name of `VARIANTS`
     settings:dict|None=None, # From `ics_settings`; `None`: its defaults
-    first:ReidLearner|None=None, # A fitted M5 to go on from
+    first:ReidLearner|None=None, # A fitted stage one of the same pictures
     query:ReidSet|None=None, # Scored each epoch, with
     gallery:ReidSet|None=None, # this gallery
     folder=None, # For checkpoints; `None` keeps none
@@ -321,6 +334,7 @@ def fit_ics(
 )->IcsFit: # Learners of the stages, the association between
     "Intra-camera supervision, both stages (Wang et al., Table 2)."
     v,s = _variant(variant),settings or ics_settings()
+    _check_first(train, variant, first)
     scored = dict(query=query, gallery=gallery, device=device)
     one = variant if v['labels']=='camera' else 'M5'
     if first is None:
