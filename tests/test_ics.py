@@ -1,5 +1,6 @@
 "The two stages of intra-camera supervision, on a tiny world: labels, losses, resuming."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from reidlit.association import Association
 from reidlit.cameras import accumulate_ids
 from reidlit.core import DataError, rng_for
 from reidlit.data.world import World
-from reidlit.ics import (PAPER, SETTINGS, VARIANTS, CameraMemory, IcsLoss, IcsModel, associate,
+from reidlit.ics import (PAPER, SETTINGS, VARIANTS, CameraMemory, IcsLoss, IcsModel, UpdateMemory, associate,
                          fit_ics, fit_stage, ics_learner, ics_settings, identity_centroids,
                          join_identities, quintuplet_loss, step_decay)
 from reidlit.learner import Checkpoints, extract_features, quiet, read_checkpoint
@@ -435,3 +436,27 @@ def test_misused_folders_are_refused(train, whole, tmp_path):
     (tmp_path/'stage1').mkdir()
     (tmp_path/'stage1'/'checkpoint.json').write_text('{')
     with pytest.raises(DataError, match='not JSON'): fit(train, 'M5', PLAN, folder=tmp_path, resume=True)
+
+
+def _half(rank, folder):
+    "One of two processes: its half of a batch goes into its memory."
+    import torch.distributed as dist
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    f, labels = torch.load(folder / 'batch.pt')
+    memory = CameraMemory([0, 0, 1], dim=4)
+    update = UpdateMemory(memory)
+    half = slice(3*rank, 3*rank+3)
+    update.learn = SimpleNamespace(pred=SimpleNamespace(unit=f[half]), yb=[labels[half]])
+    update.before_step()
+    torch.save(memory.centroids, folder / f'{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_two_processes_keep_one_memory(tmp_path):
+    torch.manual_seed(0)
+    f, labels = F.normalize(torch.randn(6, 4)), torch.tensor([0, 1, 0, 2, 0, 1])
+    torch.save((f, labels), tmp_path / 'batch.pt')
+    torch.multiprocessing.spawn(_half, (tmp_path,), nprocs=2)
+    alone = CameraMemory([0, 0, 1], dim=4)
+    alone.update(f, labels)
+    for rank in (0, 1): assert torch.equal(torch.load(tmp_path / f'{rank}.pt'), alone.centroids)
