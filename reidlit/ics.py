@@ -81,7 +81,7 @@ def ics_settings(
             raise ValueError(f'{name}={out[name]!r}: expected one of {known}')
     return out
 
-# %% ../nbs/32_ics.ipynb #c50e6674
+# %% ../nbs/32_ics.ipynb #3cf9db51
 class UnitEmbedding(nn.Sequential):
     "Linear, batch norm, length 1, dropout: `(N,n_in)` to `(N,dim)`."
     def __init__(self,
@@ -93,7 +93,9 @@ class UnitEmbedding(nn.Sequential):
         self.dropout = nn.Dropout(dropout)
         nn.init.kaiming_normal_(self[0].weight, mode='fan_out')
 
-    def forward(self, x): return self.dropout(F.normalize(super().forward(x).float()))
+    def forward(self, x):
+        x = self[1](self[0](x)).float() # the dropout is a layer too, the last
+        return self.dropout(F.normalize(x))
 
 # %% ../nbs/32_ics.ipynb #fed2aa15
 class IcsOutput(NamedTuple):
