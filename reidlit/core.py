@@ -148,7 +148,7 @@ class Dropped:
 def _labels(x, n, name, dtype=np.int64):
     "`x` as an array of `n` labels, `None` if it is `None`."
     if x is None: return None
-    x = np.asarray(x)
+    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
     if x.shape!=(n,): raise ValueError(f'{name}: shape {x.shape}, expected ({n},)')
     if dtype==np.int64 and not np.issubdtype(x.dtype, np.integer) and n:
         raise ValueError(f'{name}: {x.dtype}, expected whole numbers')

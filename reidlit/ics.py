@@ -191,13 +191,14 @@ def step_decay(
         return lr*grown*gamma**sum(done>=m-1e-9 for m in milestones)
     return dict(lr=rate)
 
-# %% ../nbs/32_ics.ipynb #4aedcb77
+# %% ../nbs/32_ics.ipynb #c8a38ab4
 def _network(s, v, cameras, device):
     "The network of a variant, its memory empty."
     body = load_backbone(s['backbone'], s['weights'])
     if not s['backbone'].startswith('tiny'): # faster on CPUs too
         body = body.to(memory_format=torch.channels_last)
-    dtype = fast_dtype(device) if device.type=='cuda' else None
+        dtype = fast_dtype(device) if device.type=='cuda' else None
+    else: dtype = None
     if v['classifier']=='softmax':
         return IcsModel(body, n_classes=len(cameras), dtype=dtype)
     memory = CameraMemory(cameras, s['dim'] or body.num_features, s['momentum'],
@@ -211,7 +212,8 @@ def ics_learner(
     start:ReidModel|None=None, # Backbone and neck to begin with
     query:ReidSet|None=None, # Scored each epoch, with
     gallery:ReidSet|None=None, # this gallery
-    device=None # `None` chooses
+    device=None, # `None` chooses
+    num_workers:int=0 # Processes that read pictures
 )->ReidLearner: # With `.ids` in stage one; ready for `fit_stage`
     "A learner of one stage; `ValueError` names what is wrong with the labels."
     v,s,device = _variant(variant),settings or ics_settings(),default_device(device)
@@ -221,7 +223,8 @@ def ics_learner(
         train = replace(train, pids=ids.labels)
     seed_all(s['seed'])
     dls = ReidLoaders(train, tuple(s['size']), s['p'], s['k'], device=device,
-        augment=Augment(erasing=s['erasing'], pad=s['pad']), seed=s['seed'])
+        augment=Augment(erasing=s['erasing'], pad=s['pad']), seed=s['seed'],
+        num_workers=num_workers)
     cameras = np.zeros(len(dls.classes), int) if ids is None else ids.cameras
     model = _network(s, v, cameras, device)
     if start is not None:
@@ -232,10 +235,11 @@ def ics_learner(
         cbs=[] if model.memory is None else [UpdateMemory(model.memory)])
     learn.ids,learn.variant = ids,variant
     if model.memory is not None and s['start']=='features':
-        _feature_pass(model, train, s['size'])
+        data = dls.train.dataset
+        _feature_pass(model, data.items, data.labels, s['size'])
     return learn
 
-# %% ../nbs/32_ics.ipynb #58785a0a
+# %% ../nbs/32_ics.ipynb #60f6804f
 class _Unit(nn.Module):
     "The unit embedding in evaluation mode, for `extract_features`."
     def __init__(self, model):
@@ -243,13 +247,13 @@ class _Unit(nn.Module):
         self.model = model
     def forward(self, x): return self.model.unit(self.model(x))
 
-def _feature_pass(model, items, size):
-    "Fill the memory with mean features of the items, whose pids are its rows."
+def _feature_pass(model, items, labels, size):
+    "Fill the memory with mean features of the items, by their rows."
     f = extract_features(_Unit(model), items, tuple(size), flip=False)
     model.memory.start(f.to(model.memory.centroids.device),
-                       torch.from_numpy(items.pids).to(model.memory.cameras.device))
+                       torch.as_tensor(labels).to(model.memory.cameras.device))
 
-# %% ../nbs/32_ics.ipynb #c76bd4a7
+# %% ../nbs/32_ics.ipynb #9f77309d
 def fit_stage(
     learn:ReidLearner, # From `ics_learner`
     settings:dict, # The same
@@ -261,10 +265,12 @@ def fit_stage(
     s,stage = settings,int(VARIANTS[learn.variant]['labels']!='camera')
     epochs = s['epochs'][stage]
     sched = step_decay(s['lr'], epochs, s['milestones'][stage], warmup=s['warmup'])
-    about = dict(s, variant=learn.variant)
+    late = 'S', 'rule', 'centroids', 'keep_singletons', 'label_smoothing'
+    about = {k:v for k,v in s.items() if stage or k not in late} | dict(
+        epochs=epochs, milestones=s['milestones'][stage], variant=learn.variant)
     return fit_resumable(learn, epochs, folder, about, resume, stop_after, sched)
 
-# %% ../nbs/32_ics.ipynb #85a6dac1
+# %% ../nbs/32_ics.ipynb #ef971fd5
 def identity_centroids(
     model:IcsModel, # After stage one
     train:ReidSet, # Its pictures
@@ -275,7 +281,7 @@ def identity_centroids(
     if settings['centroids']=='memory':
         if model.memory is None: raise ValueError(
             "the model has no memory; use centroids='features'")
-        return model.memory.centroids.cpu()
+        return model.memory.centroids.cpu().clone()
     f = extract_features(model, train, tuple(settings['size']))
     total = torch.zeros(len(ids), f.shape[1])
     return F.normalize(total.index_add_(0, torch.from_numpy(ids.labels), f))
@@ -313,7 +319,7 @@ def _check_first(train, variant, first):
     if first.ids is None or len(first.ids.labels)!=len(train):
         raise ValueError('first: not a stage one of these pictures')
 
-# %% ../nbs/32_ics.ipynb #280aed9f
+# %% ../nbs/32_ics.ipynb #7ccacb4b
 def _stage(learn, s, folder, name, resume):
     "A fitted stage, from its own folder on if it was begun there."
     if folder is None: return fit_stage(learn, s)
@@ -332,12 +338,14 @@ def fit_ics(
     gallery:ReidSet|None=None, # this gallery
     folder=None, # For checkpoints; `None` keeps none
     resume:bool=False, # Go on from the folder's?
-    device=None # `None` chooses
+    device=None, # `None` chooses
+    num_workers:int=0 # Processes that read pictures
 )->IcsFit: # Learners of the stages, the association between
     "Intra-camera supervision, both stages (Wang et al., Table 2)."
     v,s = _variant(variant),settings or ics_settings()
     _check_first(train, variant, first)
-    scored = dict(query=query, gallery=gallery, device=device)
+    scored = dict(query=query, gallery=gallery, device=device,
+                  num_workers=num_workers)
     one = variant if v['labels']=='camera' else 'M5'
     if first is None:
         first = ics_learner(train, one, s, **scored)

@@ -432,7 +432,8 @@ def baseline_settings(
 # %% ../nbs/12_learner.ipynb #cc49fb57
 def _dtype(settings, device):
     "16 bits where they are faster; never for the tiny network."
-    return None if settings['backbone']=='tiny' else fast_dtype(device)
+    tiny = settings['backbone'].startswith('tiny')
+    return None if tiny else fast_dtype(device)
 
 def baseline_learner(
     train:ReidSet, # Training pictures
@@ -460,8 +461,9 @@ def load_model(
     "A trained model without its classifier, ready for `extract_features`."
     state,tensors = read_checkpoint(folder)
     s,device = state['settings'],default_device(device)
-    model = ReidModel(s['backbone'], pool=s['pool'], dtype=_dtype(s, device))
-    weights = {k[6:]:v for k,v in tensors.items() if k.startswith('model.')}
-    weights.pop('classifier.weight', None)
+    model = ReidModel(s['backbone'], pool=s.get('pool', 'gap'),
+                      dtype=_dtype(s, device))
+    kept = 'model.body.', 'model.pool.', 'model.neck.' # no head of training
+    weights = {k[6:]:v for k,v in tensors.items() if k.startswith(kept)}
     model.load_state_dict(weights)
     return model.eval().to(device),s

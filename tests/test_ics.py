@@ -15,7 +15,7 @@ from reidlit.data.world import World
 from reidlit.ics import (PAPER, SETTINGS, VARIANTS, CameraMemory, IcsLoss, IcsModel, UpdateMemory, associate,
                          fit_ics, fit_stage, ics_learner, ics_settings, identity_centroids,
                          join_identities, quintuplet_loss, step_decay)
-from reidlit.learner import Checkpoints, extract_features, quiet, read_checkpoint
+from reidlit.learner import Checkpoints, extract_features, load_model, quiet, read_checkpoint
 
 SHORT = ics_settings('drawn', 'ci', p=6, epochs=(1, 1), milestones=((), ()))
 PLAN = SHORT | dict(epochs=(2, 2), milestones=((1,), (1,)))
@@ -460,3 +460,11 @@ def test_two_processes_keep_one_memory(tmp_path):
     alone = CameraMemory([0, 0, 1], dim=4)
     alone.update(f, labels)
     for rank in (0, 1): assert torch.equal(torch.load(tmp_path / f'{rank}.pt'), alone.centroids)
+
+
+def test_a_trained_run_is_loaded_for_searching(train, tmp_path):
+    f = fit(train, 'M7', folder=tmp_path)
+    for folder, learn in (('stage1', f.first), ('stage2', f.learn)):
+        model, settings = load_model(tmp_path / folder)
+        assert settings['variant'] == learn.variant
+        assert torch.equal(extract_features(model, train[:9], SHORT['size']), learn.features(train[:9]))
