@@ -332,7 +332,7 @@ def search_folder(query:Path, gallery:Path,
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
-# %% ../nbs/80_cli.ipynb #634ed4bb
+# %% ../nbs/80_cli.ipynb #401adb74
 LABS = dict(crossdataset=crossdataset_lab, ics=ics_lab)
 
 def experiment(
@@ -346,7 +346,8 @@ def experiment(
 )->tuple: # A function of the seed, its claims
     "What `reproduce` runs; `ValueError` if there is no such experiment."
     kind = 'drawn' if data=='world' else 'real'
-    known = {k:list(lab.EXPERIMENTS) for k,lab in LABS.items()} | dict(baseline=['core'])
+    known = dict(baseline=['core']) | {
+        k:list(lab.EXPERIMENTS) for k,lab in LABS.items()}
     if what not in known.get(paper, ()) or what!='core' and data!='world':
         raise ValueError(f'no experiment {paper!r}, {what!r} on {data!r}: expected '
                          f'one of {known}, and core alone on a real set')
@@ -358,7 +359,8 @@ def experiment(
             run,claims = lab.EXPERIMENTS[what]
             return partial(run, **kw),claims
         start = [read_sources(sources)] if paper=='crossdataset' else []
-        return partial(lab.real_core, *start, open_data(data, root), **kw),lab.REAL_CLAIMS
+        run = partial(lab.real_core, *start, open_data(data, root), **kw)
+        return run,lab.REAL_CLAIMS
     def run(seed):
         settings = baseline_settings(kind, preset, seed=seed)
         d = open_data(data, root, seed=seed, size=tuple(settings['size']))
