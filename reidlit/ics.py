@@ -195,10 +195,9 @@ def step_decay(
 def _network(s, v, cameras, device):
     "The network of a variant, its memory empty."
     body = load_backbone(s['backbone'], s['weights'])
-    if not s['backbone'].startswith('tiny'): # faster on CPUs too
-        body = body.to(memory_format=torch.channels_last)
-        dtype = fast_dtype(device) if device.type=='cuda' else None
-    else: dtype = None
+    large = not s['backbone'].startswith('tiny')
+    if large: body = body.to(memory_format=torch.channels_last) # faster on CPUs too
+    dtype = fast_dtype(device) if large and device.type=='cuda' else None
     if v['classifier']=='softmax':
         return IcsModel(body, n_classes=len(cameras), dtype=dtype)
     memory = CameraMemory(cameras, s['dim'] or body.num_features, s['momentum'],

@@ -81,10 +81,10 @@ def table3(
 )->dict: # `{'pairs: name': {precision, recall, joined_...}}`
     "Table 3: how many joined pairs are right, and how many are found."
     out,ids = {},first.ids
+    centroids = {c:identity_centroids(first.model, train, ids,
+        dict(settings, centroids=c)) for c in {c for c,*_ in arms.values()}}
     for name,(source,share,rule) in arms.items():
-        s = dict(settings, centroids=source)
-        a = associate(identity_centroids(first.model, train, ids, s), ids.cameras,
-                      round(share*len(ids)), rule)
+        a = associate(centroids[source], ids.cameras, round(share*len(ids)), rule)
         found = a.scores(ids.pids)
         out[f'pairs: {name}'] = {k:found[k] for k in SHARES_OF_PAIRS}
     return out
@@ -121,6 +121,13 @@ def _gain(m3, m1): return {k:m3[k]-m1[k] for k in m3}
 # %% ../nbs/33_ics_lab.ipynb #b6b18e9d
 WANTED = 'nine pairs of ten'
 
+def _drawn(seed, preset, **changes):
+    "Settings, training pictures and a test's query and gallery of one world."
+    s = ics_settings('drawn', preset, seed=seed, **changes)
+    world = ics_world(seed, preset)
+    train = world.crops('train', size=s['size'])
+    return s,train,world.query_gallery('test', size=s['size'])
+
 def core(
     seed:int, # Of world and networks
     preset:str|None=None, # `None`: the active one
@@ -128,9 +135,7 @@ def core(
     say=logger.info # Takes a line after each variant
 )->dict: # `{variant: {metric: value}}`
     "Tables 2 and 3 for one seed."
-    s,world = ics_settings('drawn', preset, seed=seed),ics_world(seed, preset)
-    train = world.crops('train', size=s['size'])
-    test = world.query_gallery('test', size=s['size'])
+    s,train,test = _drawn(seed, preset)
     with quiet():
         fits,out = table2(train, *test, s, device=device, say=say)
     return out | table3(fits['M5'].learn, train, s) | {WANTED:dict(precision=.9)}
@@ -186,9 +191,7 @@ def figures(
     say=logger.info # Takes a line after each variant
 )->dict: # `{variant: {metric: value}}`
     "Sweeps of the paper's choices: stage one's M5, then association and M7."
-    s,world = ics_settings('drawn', preset, seed=seed),ics_world(seed, preset)
-    train = world.crops('train', size=s['size'])
-    test,out = world.query_gallery('test', size=s['size']),{}
+    (s,train,test),out = _drawn(seed, preset),{}
     def score(name, fit, **more):
         scores = evaluate(fit.learn.model, *test, s['size'])
         add_scores(out, name, scores, say, **more)
@@ -203,9 +206,9 @@ def figures(
         for name,(variant,change) in ALSO.items():
             score(name, fit_ics(train, variant, s | change(s), device=device))
         n = len(first.ids)
-        for x in SHARES: out |= table3(first, train, s, {
+        out |= table3(first, train, s, {
             f'{source}, S = {x} n':(source, x, 'reciprocal')
-            for source in ('memory', 'features')})
+            for x in SHARES for source in ('memory', 'features')})
         for name,change in JOINS.items():
             change = dict(change, S=round(change.get('S', 1.)*n))
             fit = fit_ics(train, 'M7', s | change, first=first, device=device)
@@ -260,10 +263,7 @@ def dropout(
     say=logger.info # Takes a line after each variant
 )->dict: # `{variant: {metric: value}}`
     "M3, M4 and M5 with the dropout of the published code."
-    s = ics_settings('drawn', preset, seed=seed, dropout=.5)
-    world = ics_world(seed, preset)
-    train = world.crops('train', size=s['size'])
-    test = world.query_gallery('test', size=s['size'])
+    s,train,test = _drawn(seed, preset, dropout=.5)
     with quiet(): fits,out = table2(train, *test, s, ('M3', 'M4', 'M5'), device, say)
     return out | table3(fits['M5'].learn, train, s)
 

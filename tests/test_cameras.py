@@ -13,16 +13,7 @@ from reidlit.cameras import (_parts, accumulate_ids, camera_cross_entropy,
                              camera_mean, check_ids, guess_source,
                              standardise_per_camera)
 from reidlit.core import rng_for
-
-
-def case(seed, tracks=12):
-    "Features, tracklets in any order of rows, and the tracklets' labels."
-    g = rng_for('test cameras', seed)
-    ids = np.sort(g.choice(1000, tracks, replace=False))
-    which = g.permutation(np.repeat(np.arange(tracks), g.integers(1, 9, tracks)))
-    cams, pids = g.integers(0, 3, tracks), g.integers(0, 5, tracks)
-    x = torch.tensor(g.normal(2, 3, (len(which), 7)), dtype=torch.float32)
-    return g, x, ids, which, cams, pids
+from tracks import case
 
 
 @pytest.mark.parametrize('seed', range(12))
@@ -103,7 +94,7 @@ def test_the_probe_is_the_same_again_and_takes_tensors():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_cuda():
-    _, x, _, which, _, _ = case(5)
+    _, x, _, which, cams, _ = case(5)
     a, b = standardise_per_camera(x, cams[which]), standardise_per_camera(x.cuda(), cams[which])
     assert b.is_cuda and torch.allclose(a, b.cpu(), atol=1e-4)
 
