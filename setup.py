@@ -13,7 +13,7 @@ setup(
     keywords=c['keywords'], author=c['author'], author_email=c['author_email'],
     license='Apache-2.0', url=c['git_url'],
     packages=find_packages(include=[c['lib_path'], c['lib_path'] + '.*']),
-    include_package_data=True, zip_safe=False,
+    package_data={c['lib_path']:['weights/*.safetensors']}, zip_safe=False,
     python_requires='>=' + c['min_python'],
     install_requires=many('requirements'),
     extras_require=dict(dev=many('dev_requirements'),

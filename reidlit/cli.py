@@ -24,7 +24,7 @@ from typing import Annotated,Optional
 import matplotlib.pyplot as plt,numpy as np,torch,typer
 from .core import (DataError,Dropped,ReidSet,active_preset,data_home,
     default_device,rng_for,write_atomic)
-from . import crossdataset_lab,ics_lab
+from . import crossdataset_lab,ics_lab,mcssl_lab
 from .data import sets,sets_msmt17,trials,writers
 from .data.world import World
 from .learner import (baseline_learner,baseline_settings,evaluate,
@@ -333,7 +333,7 @@ def search_folder(query:Path, gallery:Path,
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 
 # %% ../nbs/80_cli.ipynb #401adb74
-LABS = dict(crossdataset=crossdataset_lab, ics=ics_lab)
+LABS = dict(crossdataset=crossdataset_lab, ics=ics_lab, mcssl=mcssl_lab)
 WHATS = list(dict.fromkeys(w for lab in LABS.values() for w in lab.EXPERIMENTS))
 
 def experiment(

@@ -299,6 +299,10 @@ def _opt_tensors(opt):
         rest.append({k:v for k,v in s.items() if not torch.is_tensor(v)})
     return tensors,rest
 
+def _keeper(learn):
+    "The callback that keeps the history."
+    return next(cb for cb in learn.cbs if hasattr(cb, 'history'))
+
 def save_checkpoint(
     folder, # Where `checkpoint.json` and its tensors go
     learn:ReidLearner, # After some epochs
@@ -312,7 +316,7 @@ def save_checkpoint(
     name = f'epoch-{epoch:04}.safetensors'
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     write_atomic(folder/name, save(tensors))
-    state = dict(tensors=name, epoch=epoch, history=learn.retrieval.history,
+    state = dict(tensors=name, epoch=epoch, history=_keeper(learn).history,
                  settings=settings, optimiser=rest)
     path = write_atomic(folder/'checkpoint.json',
                         json.dumps(state, indent=1).encode())
@@ -358,7 +362,7 @@ def load_checkpoint(
         s |= {k[len(pre):]:v.to(learn.dls.device) for k,v in tensors.items()
               if k.startswith(pre)}
     learn.opt.load_state_dict(dict(state=opt, hypers=learn.opt.hypers))
-    learn.retrieval.history = state['history']
+    _keeper(learn).history = state['history']
     return state['epoch']
 
 # %% ../nbs/12_learner.ipynb #d84d8a95
@@ -380,7 +384,8 @@ def fit_resumable(
     settings:dict, # What makes this run what it is
     resume:bool=False, # Go on from the folder's checkpoint?
     stop_after:int|None=None, # Interrupt after so many epochs, to try it out
-    sched:dict|None=None # For fastai's `ParamScheduler`; `None`: one cycle
+    sched:dict|None=None, # For fastai's `ParamScheduler`; `None`: one cycle
+    pct_start:float=.15 # Share of the one cycle in which the rate rises
 )->ReidLearner: # The same learner, fitted
     "The learner, fitted, with a checkpoint each epoch."
     done = load_checkpoint(folder, learn, settings) if resume else 0
@@ -388,7 +393,7 @@ def fit_resumable(
     if stop_after is not None: cbs.append(StopAfter(stop_after))
     if done >= epochs: return learn
     if sched is None:
-        learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done, pct_start=.15)
+        learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done, pct_start=pct_start)
     else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
     return learn
 

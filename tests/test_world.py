@@ -36,7 +36,7 @@ def digest(*args):
 
 
 @pytest.fixture(scope='module', params=[('ring', 'people'), ('corridor', 'people'),
-                                        ('disjoint', 'people'), ('ring', 'vehicles')], ids='-'.join)
+                                        ('disjoint', 'people'), ('ring', 'vehicles'), ('plaza', 'people')], ids='-'.join)
 def world(request): return World(layout=request.param[0], kind=request.param[1], people=40, crowd=20, style=.5)
 
 
@@ -169,7 +169,7 @@ def test_bad_requests_are_named():
     with pytest.raises(ValueError, match='t=-3'): w.frame(0, -3)
 
 
-def test_layout_names(): assert list(LAYOUTS) == ['ring', 'corridor', 'disjoint']
+def test_layout_names(): assert list(LAYOUTS) == ['ring', 'corridor', 'disjoint', 'plaza']
 
 
 @pytest.mark.skipif(not (REAL/'wildtrack_calibration').exists(), reason='no WILDTRACK calibration')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKET', 'SUFFIXES', 'MARS', 'MARS_DIRS', 'MARS_INFO', 'WILDTRACK', 'CALIBRATION', 'NUMBERED', 'read_names',
            'market_rows', 'list_images', 'check_layout', 'Splits', 'finish', 'market1501', 'crop_folder', 'mars_rows',
-           'read_mat', 'mars', 'Grid', 'read_xml', 'wildtrack_cameras', 'read_json', 'clip_box', 'FrameSet',
+           'read_mat', 'mars', 'Grid', 'read_xml', 'Rig', 'wildtrack_cameras', 'read_json', 'clip_box', 'FrameSet',
            'wildtrack']
 
 # %% ../../nbs/04_data.sets.ipynb #60751821
@@ -332,35 +332,49 @@ def read_xml(
         out.append(x if len(x) else None)
     return out
 
-# %% ../../nbs/04_data.sets.ipynb #8fb6af7e
+# %% ../../nbs/04_data.sets.ipynb #8bd279a7
 WILDTRACK = ('CVLab1', 'CVLab2', 'CVLab3', 'CVLab4',
              'IDIAP1', 'IDIAP2', 'IDIAP3')
 CALIBRATION = ('intrinsic_zero/intr', 'extrinsic/extr')
 
-def _camera_names(root):
-    "WILDTRACK's seven names if its first is there, else C1, C2, ... as found."
-    folder = root/'calibrations'/'extrinsic'
-    if (folder/f'extr_{WILDTRACK[0]}.xml').exists(): return list(WILDTRACK)
-    n = len(list(folder.glob('extr_C[0-9]*.xml')))
-    if n==0: raise DataError(folder, 'has no extr_*.xml', 'extr_CVLab1.xml')
-    return [f'C{i+1}' for i in range(n)]
+@dataclass(frozen=True)
+class Rig:
+    "The habits of a set in WILDTRACK's layout."
+    name:str='wildtrack' # For messages
+    names:tuple=WILDTRACK # Of the calibration files, if they have names
+    prefix:str='C' # Else of their numbers, from 1
+    files:tuple=CALIBRATION # Starts of the intrinsic and extrinsic file
+    unit:float=.01 # Metres in the calibration's unit of length
+    grid:Grid=field(default_factory=Grid) # Of the floor
 
+def _camera_names(root, rig):
+    "The rig's names if the first is there, else numbered ones, as found."
+    folder = root/'calibrations'/'extrinsic'
+    names = list(rig.names) or [f'{rig.prefix}1']
+    if rig.names and (folder/f'extr_{names[0]}.xml').exists(): return names
+    n = len(list(folder.glob(f'extr_{rig.prefix}[0-9]*.xml')))
+    first = f'extr_{names[0]}.xml'
+    if n==0: raise DataError(folder, 'has no extr_*.xml', first)
+    return [f'{rig.prefix}{i+1}' for i in range(n)]
+
+# %% ../../nbs/04_data.sets.ipynb #c5ceb68b
 def wildtrack_cameras(
     root, # Holds `calibrations`
-    sizes:list # `(W,H)` of each camera's pictures
+    sizes:list, # `(W,H)` of each camera's pictures
+    rig:Rig=Rig() # Names, files and unit
 )->list: # `Camera`s in metres
     "The calibrated cameras; `DataError` names a file that is broken."
     from scipy.spatial.transform import Rotation
     def one(name, size):
         inside,outside = (root/'calibrations'/f'{k}_{name}.xml'
-                          for k in CALIBRATION)
+                          for k in rig.files)
         K,dist = read_xml(inside, camera_matrix=9, distortion_coefficients=0)
         r,t = read_xml(outside, rvec=3, tvec=3)
         try: return Camera(K.reshape(3, 3), Rotation.from_rotvec(r).as_matrix(),
-                           t/100, size, dist)
+                           t*rig.unit, size, dist)
         except ValueError as e: raise DataError(inside, str(e)) from None
     root = Path(root)
-    return [one(*o) for o in zip(_camera_names(root), sizes)]
+    return [one(*o) for o in zip(_camera_names(root, rig), sizes)]
 
 # %% ../../nbs/04_data.sets.ipynb #9c40e145
 def read_json(
@@ -501,8 +515,16 @@ def crops(self:FrameSet,
     return ReidSet(out, self.pids, take(self.camids), frames=take(self.frames),
                    name=f'{self.name} crops')
 
-# %% ../../nbs/04_data.sets.ipynb #fad571d4
+# %% ../../nbs/04_data.sets.ipynb #68b73135
 NUMBERED = re.compile(r'(?P<frame>\d+)\.(png|jpg|jpeg|json)')
+
+def _numbered(paths, dropped):
+    "`{frame: path}`; the tally names second files of a frame."
+    paths,cols = read_names(paths, NUMBERED, dropped)
+    found = {}
+    for t,p in zip(cols['frame'].tolist(), paths):
+        if found.setdefault(t, p)!=p: dropped.add('second file', p.name)
+    return found
 
 def _pictures(root, n, dropped):
     "`{(frame, camera): path}` of `Image_subsets`, and `(W,H)` of each camera."
@@ -510,19 +532,20 @@ def _pictures(root, n, dropped):
     for c in range(n):
         here = root/'Image_subsets'/f'C{c+1}'
         paths = list_images(check_layout(here, [], 'its pictures'), dropped)
-        paths,cols = read_names(paths, NUMBERED, dropped)
+        paths = _numbered(paths, dropped)
         if not paths: raise DataError(here, 'no pictures', '00000000.png etc.')
-        found |= {(int(t), c):p for t,p in zip(cols['frame'], paths)}
+        found |= {(t, c):p for t,p in paths.items()}
+        first = next(iter(paths.values()))
         try:
-            with Image.open(paths[0]) as im: sizes.append(im.size)
+            with Image.open(first) as im: sizes.append(im.size)
         except OSError as e:
-            raise DataError(paths[0], f'not a readable image ({e})') from None
+            raise DataError(first, f'not a readable image ({e})') from None
     return found,sizes
 
-def _grid(root):
-    "The floor's grid: WILDTRACK's, or what a writer of this package noted."
+def _grid(root, rig):
+    "The floor's grid: the rig's, or what a writer of this package noted."
     f = root/'reidlit.json'
-    if not f.exists(): return Grid()
+    if not f.exists(): return rig.grid
     about = read_json(f)
     try: return Grid(**about['grid'])
     except (KeyError, TypeError) as e:
@@ -542,19 +565,20 @@ def _boxes(path, t, pictures, sizes, grid, clip, dropped):
             elif kept := clip_box(box, sizes[c], dropped, seen):
                 yield key, kept, pid, place, kept!=box
 
-# %% ../../nbs/04_data.sets.ipynb #f62fad4b
+# %% ../../nbs/04_data.sets.ipynb #13c617e7
 def wildtrack(
     root, # Holds `Image_subsets`, `annotations_positions`, `calibrations`
     clip:bool=True, # Cut boxes at the border of the picture
     train_share:float=.9, # Of the moments, the first ones
-    verify:bool=False # Open every picture
+    verify:bool=False, # Open every picture
+    rig:Rig=Rig() # How a set of this layout differs from WILDTRACK
 )->Splits: # `FrameSet`s train and test, with `cameras` in metres
     "WILDTRACK and sets laid out like it; `DataError` names what is broken."
     needed = ('Image_subsets', 'annotations_positions', 'calibrations')
     root,d = check_layout(root, needed, 'folders '+', '.join(needed)),Dropped()
-    pictures,sizes = _pictures(root, len(_camera_names(root)), d)
-    files,cols = read_names(sorted((root/needed[1]).iterdir()), NUMBERED, d)
-    notes,grid = dict(zip(cols['frame'].tolist(), files)),_grid(root)
+    pictures,sizes = _pictures(root, len(_camera_names(root, rig)), d)
+    notes = _numbered(sorted((root/needed[1]).iterdir()), d)
+    grid = _grid(root, rig)
     for t,c in pictures:
         if t not in notes: d.add('picture without annotation', f'{t}, view {c}')
     keys = sorted(k for k in pictures if k[0] in notes)
@@ -565,9 +589,9 @@ def wildtrack(
     at,xyxy,pids,ground,cut = zip(*boxes) if boxes else ((),)*5
     s = FrameSet([pictures[k] for k in keys], camids, frames,
                  [row[k] for k in at], xyxy, pids, np.reshape(ground, (-1, 2)),
-                 cut, wildtrack_cameras(root, sizes), 'wildtrack', d)
+                 cut, wildtrack_cameras(root, sizes, rig), rig.name, d)
     s = finish(s, root, 'Image_subsets/C1/00000000.png and its json', verify)
     times = np.unique(s.frames)
     late = np.isin(s.frames, times[int(len(times)*train_share):])
-    return Splits('wildtrack', train=replace(s[~late], name='wildtrack train'),
-                  test=replace(s[late], name='wildtrack test'))
+    return Splits(rig.name, train=replace(s[~late], name=f'{rig.name} train'),
+                  test=replace(s[late], name=f'{rig.name} test'))

@@ -43,7 +43,7 @@ def route(
     q = np.stack([np.convolve(pad(c), np.ones(7)/7, 'valid') for c in p.T], -1)
     return _even(np.concatenate([p[:1], q[1:-1], p[-1:]]), step)
 
-# %% ../../nbs/03_data.world.ipynb #3960d9d6
+# %% ../../nbs/03_data.world.ipynb #f50d0213
 def _ring(n, r, look, room):
     "One hall; cameras along its walls look at the middle."
     doors = [(x, y) for x in (-6.6, 6.6) for y in (-4.5, 4.2)]
@@ -54,6 +54,19 @@ def _ring(n, r, look, room):
         k = 1/max(abs(np.cos(a))/6.3, abs(np.sin(a))/8.3)
         yield hall, look((k*np.cos(a), k*np.sin(a), r.uniform(2.4, 4.)),
                          (r.uniform(-1, 1), r.uniform(-1.2, 1.2), .5))
+
+def _plaza(n, r, look, room):
+    "A hall whose last camera looks away from where the others look."
+    doors = [(x, y) for x in (-7, 17) for y in (-4, 3.6)]
+    doors += [(x, y) for x in (-2.5, 5, 13) for y in (-7, 7)]
+    hall = room((-7, -7, 17, 7), doors, 0)
+    for i in range(n):
+        u,side = i/max(n-1, 1),(-1)**i
+        x = -6.4 + 12*u
+        at,to = (x, 6.7*side),(.4*x + 2*u, 2*side)
+        if 0<i==n-1: at,to = (9.5, 6.7*side),(13.5, 1.6*side)
+        yield hall, look((*at, r.uniform(3., 4.)),
+                         (*to+r.uniform(-.5, .5, 2), .2))
 
 def _corridor(n, r, look, room):
     "A long hall; a camera every 6 m, on alternating sides."
@@ -71,15 +84,16 @@ def _disjoint(n, r, look, room):
         yield own, look((x+r.uniform(-3, 3), y-4.4, r.uniform(2.4, 3.6)),
                         (x+r.uniform(-1, 1), y+r.uniform(0, 1), .6))
 
-LAYOUTS = dict(ring=_ring, corridor=_corridor, disjoint=_disjoint)
+LAYOUTS = dict(ring=_ring, corridor=_corridor, disjoint=_disjoint,
+               plaza=_plaza)
 
-# %% ../../nbs/03_data.world.ipynb #049ef78b
+# %% ../../nbs/03_data.world.ipynb #64f59326
 def _furnish(layout, rooms, cameras, s, r):
     "Things in every room, not in front of a lens: x, y, radius, blocks."
     kinds = 'pillar bench planter kiosk pillar bench'.split() if s==1 else \
             'lamp crate hut lamp crate'.split()
     eyes,out = np.array([c.center[:2] for c in cameras]),[]
-    n = dict(ring=6, corridor=2*len(cameras), disjoint=4)[layout]
+    n = dict(ring=6, plaza=8, corridor=2*len(cameras), disjoint=4)[layout]
     for x0,y0,x1,y1 in dict.fromkeys(tuple(o.rect) for o in rooms):
         here = []
         for _ in range(60*n):
@@ -99,7 +113,7 @@ def _way(layout, rooms, s, r):
     "Corners of one person's way through the world `(K,2)`."
     x0,y0,x1,y1 = rooms[0].rect
     back = 1 if r.random()<.5 else -1
-    if layout=='ring':
+    if layout in ('ring', 'plaza'):
         d = rooms[0].doors; a,b = d[r.permutation(len(d))[:2]]
         mid = r.uniform((x0+1.8*s, y0+2.2*s), (x1-1.8*s, y1-2.2*s),
                         (r.integers(3, 5), 2))
@@ -130,7 +144,7 @@ def lens(
     blur,noise = style*rng.uniform(0, .9),style*rng.uniform(1.5, 6)
     return y.round().clip(0, 255).astype(np.uint8),blur,noise
 
-# %% ../../nbs/03_data.world.ipynb #8b9fa867
+# %% ../../nbs/03_data.world.ipynb #760b919f
 def _one_of(name, value, options):
     if value not in options:
         raise ValueError(f'{name}={value!r}: expected one of {tuple(options)}')
@@ -148,7 +162,7 @@ class World:
         people:int=200, # How many identities, 10 to 100,000
         cameras:int=6, # How many cameras, 1 to 40
         seed:int=0, # Another seed is another world with other people
-        layout:str='ring', # `'ring'`, `'corridor'` or `'disjoint'`
+        layout:str='ring', # `'ring'`, `'corridor'`, `'disjoint'`, `'plaza'`
         kind:str='people', # `'people'` or `'vehicles'`
         style:float=1., # Difference of the cameras' colours, 0 (none) to 3
         similarity:float=.6, # Of clothes, 0 (all colours) to 1 (mostly dark)
@@ -386,7 +400,7 @@ def frame(self:World,
     canvas = self._shoot(camera, t)[-1]
     return self._develop(camera, canvas, self.size, 1., t)
 
-# %% ../../nbs/03_data.world.ipynb #c6318312
+# %% ../../nbs/03_data.world.ipynb #06cc5969
 @dataclass
 class Boxes:
     "Who is where in one frame, a row each."
@@ -410,15 +424,9 @@ def _area(points, box, scale):
     return np.count_nonzero(paint(mask, (points+.5)*scale - .5 - lo, one))
 
 @patch
-def boxes(self:World,
-    camera:int, # From 0
-    t:int, # Frame number, from 0
-    convention:str='tight', # Or `'cylinder'`, 1.8 m high, radius .21 m
-    min_visible:float=.1 # Leave out whom less than this share is seen of
-)->Boxes:
-    "Boxes of all who can be seen; pixel i covers i to i+1."
+def _label(self:World, camera, p, faces, xyxy, canvas, convention, min_visible):
+    "The boxes of what was shot."
     _one_of('convention', convention, ('tight', 'cylinder'))
-    p,faces,xyxy,canvas = self._shoot(camera, t)
     seen = np.bincount(canvas[..., 3].ravel(), minlength=len(p)+1)[1:]
     whole = [_area(f, b, 2) if n else 1
              for (f,_),b,n in zip(faces, xyxy, seen)]
@@ -430,6 +438,29 @@ def boxes(self:World,
     k = (seen>0) & (share>=min_visible)
     return Boxes(xyxy[k], p.pids[k].astype(np.int64), share[k], cut[k],
                  p.xy[k].astype(np.float32), self.size)
+
+# %% ../../nbs/03_data.world.ipynb #480f40dd
+@patch
+def boxes(self:World,
+    camera:int, # From 0
+    t:int, # Frame number, from 0
+    convention:str='tight', # Or `'cylinder'`, 1.8 m high, radius .21 m
+    min_visible:float=.1 # Leave out whom less than this share is seen of
+)->Boxes:
+    "Boxes of all who can be seen; pixel i covers i to i+1."
+    return self._label(camera, *self._shoot(camera, t), convention, min_visible)
+
+@patch
+def shot(self:World,
+    camera:int, # From 0
+    t:int, # Frame number, from 0
+    convention:str='tight', # As for `boxes`
+    min_visible:float=.1 # As for `boxes`
+)->tuple: # The frame `(H,W,3)`, its `Boxes`
+    "A frame and its boxes, drawn once."
+    drawn = self._shoot(camera, t)
+    return (self._develop(camera, drawn[-1], self.size, 1., t),
+            self._label(camera, *drawn, convention, min_visible))
 
 # %% ../../nbs/03_data.world.ipynb #9b5565c5
 @patch
