@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['DETACH', 'consistency_loss', 'PairDataset', 'pair_batch', 'consistency_learner']
 
-# %% ../nbs/62_consistency.ipynb #79b372a9
+# %% ../nbs/62_consistency.ipynb #29022662
 from functools import partial
 import numpy as np,torch
 from fastai.learner import Learner
+from fastcore.basics import patch
 from torch import Tensor
 from .data.sets import FrameSet
-from .detectors import Detections,Detector,task_learner
+from reidlit.detectors import (Detector,FrameDataset,box_losses,frame_batch,
+    task_learner)
 from .pseudolabels import Pairs
 
-# %% ../nbs/62_consistency.ipynb #75b641a7
+# %% ../nbs/62_consistency.ipynb #e169b27c
 DETACH = ('second', 'first', 'none')
 
 def consistency_loss(
-    scores1:Tensor, # Class scores of the boxes in camera 1 `(P,C)`
-    scores2:Tensor, # Of their partners in camera 2 `(P,C)`
+    scores1:Tensor, # Class scores of the boxes in camera 1 `(P,C)`, 0..1
+    scores2:Tensor, # Of their partners in camera 2 `(P,C)`, 0..1
     binary:bool=False, # Independent probabilities (YOLO), not a softmax
     detach:str='second', # Whose scores are a fixed target; or `'none'`
     reduction:str='mean' # `'sum'` over pairs as in the paper's formula
 )->Tensor: # A scalar; 0 if there is no pair
-    "Cross-entropy between what two views say of one thing (section 3.3)."
+    "Cross-entropy of two views (section 3.3); `ValueError` if they do not fit."
     if detach not in DETACH: raise ValueError(f'detach={detach!r}: expected {DETACH}')
     if reduction not in ('mean', 'sum'):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
@@ -37,13 +39,13 @@ def consistency_loss(
     if binary: ce = ce-((1-q)*(1-p).log()).sum(-1)
     return ce.sum()/(max(len(ce), 1) if reduction=='mean' else 1)
 
-# %% ../nbs/62_consistency.ipynb #e553d6e7
+# %% ../nbs/62_consistency.ipynb #38395da4
 class PairDataset:
-    "Items: two frames with the boxes that are paired in them."
+    "Pairs of frames with the boxes paired in them; `ValueError` for no pairs."
     def __init__(self,
         items:FrameSet, # Frames of all cameras, of one size
         pairs:Pairs, # From `tracked_pairs`
-        most:int=64, # Boxes of an item at most
+        most:int=64, # Boxes of an item at most, the first ones
         size:tuple|None=None # `(H,W)` of the network's input; `None` keeps
     ):
         if not len(pairs): raise ValueError('no pairs: nothing to learn from')
@@ -55,20 +57,26 @@ class PairDataset:
 
     def __len__(self): return len(self.keys)
 
-    def __getitem__(self, i):
-        g = self.groups[i][:self.most]
-        side = lambda row,box: self._side(int(row), box[g])
-        p = self.pairs
-        return *side(self.keys[i, 0], p.box1),*side(self.keys[i, 1], p.box2)
+# %% ../nbs/62_consistency.ipynb #2f64675a
+def _scaled(items, row, box, size):
+    "A frame and boxes in it, at `size` `(H,W)`."
+    im = items.read(row)
+    if size is None: return im,box
+    scale = np.divide(size, im.shape[:2])[::-1]
+    return items.read(row, size),box*np.tile(scale, 2).astype(np.float32)
 
-    def _side(self, row, box):
-        im = self.items.read(row)
-        if self.size is None: return im,box
-        scale = np.divide(self.size, im.shape[:2])[::-1]
-        return self.items.read(row, self.size),box*np.tile(scale, 2).astype(np.float32)
+@patch
+def __getitem__(self:PairDataset,
+    i:int # Which pair of frames
+)->tuple: # Frame `(H,W,3)` uint8 and boxes `(k,4)`, of both cameras
+    "Two frames and the boxes paired in them, row by row."
+    g,p = self.groups[i][:self.most],self.pairs
+    side = lambda row,box: _scaled(self.items, int(row), box[g], self.size)
+    return *side(self.keys[i, 0], p.box1),*side(self.keys[i, 1], p.box2)
 
+# %% ../nbs/62_consistency.ipynb #d0e43ed6
 def pair_batch(
-    items:list # Of a `PairDataset`
+    items:list # Of a `PairDataset`, frames of one size
 )->tuple: # Frames uint8 `(N,H,W,3)`, boxes (a list of `(k,4)`), twice
     "A batch of a `PairDataset`."
     im1,b1,im2,b2 = zip(*items)
@@ -76,8 +84,9 @@ def pair_batch(
     boxes = lambda x: [torch.from_numpy(np.ascontiguousarray(b)) for b in x]
     return stack(im1),boxes(b1),stack(im2),boxes(b2)
 
-# %% ../nbs/62_consistency.ipynb #b79eca52
+# %% ../nbs/62_consistency.ipynb #1baaa17b
 def _agree(detector, im1, b1, im2, b2, *_, detach, reduction):
+    "The loss of a batch of a `PairDataset`, by name."
     x = lambda f: f.permute(0, 3, 1, 2).float()/255
     def look(f, b, fixed):
         with torch.set_grad_enabled(not fixed):
@@ -85,6 +94,19 @@ def _agree(detector, im1, b1, im2, b2, *_, detach, reduction):
     s1,s2 = look(im1, b1, detach=='first'),look(im2, b2, detach=='second')
     loss = consistency_loss(s1, s2, detector.binary, detach, reduction)
     return dict(consistency=loss)
+
+class _Both:
+    "Items: a pair of frames, and a frame with sure boxes."
+    def __init__(self, pairs, gold): self.pairs,self.gold = pairs,gold
+    def __len__(self): return len(self.pairs)
+    def __getitem__(self, i): return *self.pairs[i],*self.gold[i%len(self.gold)]
+
+def _both_batch(items):
+    return (*pair_batch([o[:4] for o in items]), *frame_batch([o[4:] for o in items]))
+
+def _agree_and_detect(detector, im1, b1, im2, b2, frames, targets, *_, agree, beta):
+    found = box_losses(detector, frames, targets)
+    return agree(detector, im1, b1, im2, b2) | {k:beta*v for k,v in found.items()}
 
 def consistency_learner(
     detector:Detector, # Only its backbone will be trained
@@ -94,10 +116,15 @@ def consistency_learner(
     reduction:str='mean', # See `consistency_loss`
     size:tuple|None=None, # `(H,W)` of the network's input; `None` keeps
     bs:int=8, # Pairs of frames a batch
+    beta:float=0., # Weight of the detection loss beside it
+    gold:FrameDataset|None=None, # Frames with sure boxes for that loss
     **kwargs # For `task_learner`: `lr`, `seed`, ...
 )->Learner: # Ready to fit
-    "A learner that makes two views agree, by the backbone only (alpha=1, beta=0)."
+    "A learner of agreement (alpha=1); `ValueError` for no pairs."
     detector.train_only('backbone')
     loss = partial(_agree, detach=detach, reduction=reduction)
-    return task_learner(detector, PairDataset(items, pairs, size=size), pair_batch,
-                        loss, bs, **kwargs)
+    data = PairDataset(items, pairs, size=size)
+    if not beta: return task_learner(detector, data, pair_batch, loss, bs, **kwargs)
+    if gold is None: raise ValueError(f'beta={beta} needs gold: frames with sure boxes')
+    return task_learner(detector, _Both(data, gold), _both_batch,
+        partial(_agree_and_detect, agree=loss, beta=beta), bs, **kwargs)

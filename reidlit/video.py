@@ -388,7 +388,7 @@ def loose_films(
         out.append((x.flatten(0, 1)*255).round().byte().permute(0, 2, 3, 1).numpy())
     return replace(films[rows.ravel()], images=np.concatenate(out))
 
-# %% ../nbs/13_video.ipynb #77044408
+# %% ../nbs/13_video.ipynb #46db2591
 _WORLDS = dict(ci=(20, 2, 100), laptop=(150, 6, 24), paper=(600, 6, 24))
 _RECIPES = (dict(layout='ring'), dict(layout='corridor', style=1.3),
             dict(layout='ring', style=.7, similarity=.8))
@@ -408,7 +408,7 @@ def make_reid(
     kind:str='people', # Or `'vehicles'`
     seed:int=900, # Of the first world
     preset:str|None=None, # `'ci'`, `'laptop'`, `'paper'`; `None` is the active one
-    path=None, # Where to; `None`: `models/reid-KIND.safetensors` in `data_home`
+    path=None, # `None`: `models/PRESET/reid-KIND.safetensors` in `data_home`
     fmr:float=.01, # Bearable share of false matches
     device=None, # `None` chooses
     **changes # Of `video_settings`
@@ -429,10 +429,10 @@ def make_reid(
     loss = [round(h['train_loss'], 4) for h in learn.retrieval.history]
     info = dict(settings=s, threshold=asdict(found), loss=loss,
                 made_by=f'make_reid({kind!r}, {seed}, {preset!r})')
-    path = path or data_home('models', f'reid-{kind}.safetensors')
+    path = path or data_home('models', preset, f'reid-{kind}.safetensors')
     return save_reid(learn.model, path, found.threshold, info)
 
-# %% ../nbs/13_video.ipynb #cf8fa5ef
+# %% ../nbs/13_video.ipynb #973f35e8
 WEIGHTS = Path(core.__file__).parent/'weights'
 
 def reid_for(
@@ -444,7 +444,8 @@ def reid_for(
     if kind not in _KIND: raise ValueError(
         f'kind={kind!r}: expected one of {tuple(_KIND)}')
     name = f'reid-{kind}.safetensors'
-    for path in (WEIGHTS/name, data_home('models', name)):
+    preset = kwargs.get('preset') or active_preset()
+    for path in (WEIGHTS/name, data_home('models', preset, name)):
         if path.exists(): return load_reid(path, device)
     logger.info('%s: no such file in the package; training', name)
     return load_reid(make_reid(kind, device=device, **kwargs), device)
