@@ -577,7 +577,7 @@ def load_detector(
     d.info,d.fixed_stats = about['info'],True
     return d.to(default_device(device)).eval()
 
-# %% ../nbs/14_detectors.ipynb #82f07b8b
+# %% ../nbs/14_detectors.ipynb #f610ff37
 ASPECT = dict(people=2.5, vehicles=.6) # height by width of the anchors
 BASE = dict(ci=dict(worlds=1, times=2, epochs=1),
             laptop=dict(worlds=12, times=12, epochs=18),
@@ -598,7 +598,7 @@ def make_base(
     network:str='faster_rcnn', # One of `MAKERS`
     seed:int=900, # Of worlds and training
     preset:str|None=None, # `None`: the active one
-    path=None, # Where to; `None`: in `data_home('models')`
+    path=None, # Where to; `None`: `data_home('models', preset)`
     device=None, # `None` chooses
     **kwargs # For the network, e.g. `backbone`
 )->Path: # The file
@@ -611,11 +611,12 @@ def make_base(
         learn = detector_learner(d, frames, lr=2e-3, wd=.01, opt_func=Adam, seed=seed,
                                  device=device)
         learn.fit_one_cycle(s['epochs'], 2e-3, pct_start=.1)
-    path = path or data_home('models', base_name(kind, network, **kwargs))
+    path = path or data_home('models', preset or active_preset(),
+                             base_name(kind, network, **kwargs))
     return save_detector(d, path, kind=kind, seed=seed, settings=s,
                          history=learn.loss_history.history[-1])
 
-# %% ../nbs/14_detectors.ipynb #fbf79836
+# %% ../nbs/14_detectors.ipynb #5e2d9940
 def base_detector(
     kind:str='people', # Or `'vehicles'`
     network:str='faster_rcnn', # One of `MAKERS`
@@ -626,7 +627,7 @@ def base_detector(
     if kind not in ASPECT:
         raise ValueError(f'kind {kind!r}: expected one of {tuple(ASPECT)}')
     name = base_name(kind, network, **kwargs)
-    for path in (WEIGHTS/name, data_home('models', name)):
+    for path in (WEIGHTS/name, data_home('models', active_preset(), name)):
         if path.exists(): return load_detector(path, device)
     logger.info('no %s: training one', name)
     return load_detector(make_base(kind, network, device=device, **kwargs), device)

@@ -137,25 +137,24 @@ def _check(items, cams, which, found, folder, resume):
         if (here/'checkpoint.json').exists(): raise DataError(here,
             'holds a checkpoint', 'resume=True to go on, or another folder')
 
-# %% ../nbs/63_mcssl.ipynb #28a8314b
-def _backbone_learner(new, items, camera, pairs, s, g, sure, size, **kw):
-    "A learner of phase 3a."
-    own = items[[items.find(camera, t) for t in g.times]]
-    gold = FrameDataset(own, sure, size) if s['beta'] else None
+# %% ../nbs/63_mcssl.ipynb #b86dbf73
+def _backbone_learner(new, items, pairs, own, sure, s, size, **kw):
+    "A learner of phase 3a; with beta, sure boxes hold the scores in place."
+    beta = s['beta'] if any(map(len, sure)) else 0.
+    gold = FrameDataset(own, sure, size) if beta else None
     return consistency_learner(new, items, pairs, s['detach'], s['reduction'],
-        bs=s['bs'], rows=len(g.times), lr=s['lr_backbone'], beta=s['beta'], gold=gold,
+        bs=s['bs'], rows=len(own), lr=s['lr_backbone'], beta=beta, gold=gold,
         size=size, **kw)
 
-def _detection_learner(new, items, camera, s, g, sure, size, **kw):
+def _detection_learner(new, own, sure, s, **kw):
     "A learner of phase 3b."
-    own = items[[items.find(camera, t) for t in g.times]]
     new.train_only(*new.parts[1:])
-    return detector_learner(new, own, sure, size, bs=s['bs'], lr=s['lr'], **kw)
+    return detector_learner(new, own, sure, bs=s['bs'], lr=s['lr'], **kw)
 
 def _stays(camera, why, part):
     logger.warning('camera %s: %s, the %s stays as it is', camera, why, part)
 
-# %% ../nbs/63_mcssl.ipynb #3e812757
+# %% ../nbs/63_mcssl.ipynb #ed0a76b6
 def customise(
     camera:int, # To customise a detector for
     others, # Cameras that may share its view
@@ -188,11 +187,13 @@ def customise(
     kw = dict(wd=s['wd'], opt_func=_opt(s), seed=s['seed'], device=device, size=size)
     pairs,history = tracked_pairs(found, g.seen, camera),[]
     sure = split_pseudo_labels(g.found[camera], s['confident'], s['least'])[0]
+    own = items[[items.find(camera, t) for t in g.times]]
     if len(pairs): history += _train(
-        _backbone_learner(new, items, camera, pairs, s, g, sure, **kw), s['epochs'][0], watch, 'backbone', folder, about)
+        _backbone_learner(new, items, pairs, own, sure, s, **kw),
+        s['epochs'][0], watch, 'backbone', folder, about)
     else: _stays(camera, 'no pairs', 'backbone')
     if any(map(len, sure)): history += _train(
-        _detection_learner(new, items, camera, s, g, sure, **kw),
+        _detection_learner(new, own, sure, s, **kw),
         s['epochs'][1], watch, 'detection', folder, about)
     else: _stays(camera, f"no box above {s['confident']}", 'detection part')
     return Custom(new.train_only().eval(), found, history)
@@ -209,7 +210,7 @@ def _background(boxes, every, size, r):
     clear = box_iou(empty, torch.tensor(every)).amax(1)<.1
     return empty[clear & (empty[:, 2:]-empty[:, :2]>4).all(1)]
 
-# %% ../nbs/63_mcssl.ipynb #5ca9b7a8
+# %% ../nbs/63_mcssl.ipynb #bae7e8b0
 def estimate_corruption(
     detector:Detector, # The labeller
     items:FrameSet, # Frames of one camera
@@ -231,7 +232,7 @@ def estimate_corruption(
             with torch.no_grad(): p = detector.class_scores(x, [o.to(device)]).cpu()
             rows[k].append(torch.stack([1-p[:, -1], p[:, -1]], 1))
     detector.train(was)
-    for k,name in enumerate(('background', 'confident')):
+    for k,name in ((1, 'confident'), (0, 'background')):
         if not rows[k]: raise ValueError(f'no {name} box: ST-GLC cannot be corrected')
     return torch.stack([torch.cat(o).mean(0) for o in rows])
 

@@ -6,13 +6,13 @@
 __all__ = ['WHICH', 'STEPS', 'split_pseudo_labels', 'Sightings', 'follow', 'films_of', 'pids_of', 'candidate_pairs',
            'confirm_pairs', 'Association', 'associate_boxes', 'true_associations', 'Pairs', 'tracked_pairs', 'funnel']
 
-# %% ../nbs/61_pseudolabels.ipynb #8d9f3d22
+# %% ../nbs/61_pseudolabels.ipynb #86b902eb
 from dataclasses import dataclass,fields
 import numpy as np
 from .data.sets import FrameSet
 from .detectors import Detections
-from reidlit.epipolar import (box_fundamentals,epipolar_candidates,pad_boxes,
-    undistort_boxes)
+from .epipolar import box_fundamentals,epipolar_candidates
+from .epipolar import pad_boxes,undistort_boxes
 from .geometry import Camera
 from .metrics.detection import box_iou
 from .tracking import track_boxes

@@ -185,6 +185,15 @@ def test_all_above_or_below(run, base, monkeypatch, caplog):
     assert all('consistency' in h for h in c.history)
 
 
+def test_sure_boxes_in_phase_one(run, base, monkeypatch):
+    c = run(settings=SHORT | dict(beta=1., epochs=(1, 0)))
+    assert {'consistency', 'loss_classifier'} <= set(c.history[0])
+    assert moved(c.detector, base) == {'backbone'}
+    fake(monkeypatch, [.3])  # none is sure: agreement alone, as with beta 0
+    a, b = (run(settings=SHORT | dict(beta=v)) for v in (1., 0.))
+    assert a.history == b.history and set(a.history[0]) == {'consistency'}
+
+
 def test_late_clock(run, items, base, reid, monkeypatch):
     "A camera that shows at t what happened at t+2: pairs are lost, fudge brings some back."
     fake(monkeypatch)

@@ -355,6 +355,7 @@ def _camera_names(root, rig):
     n = len(list(folder.glob(f'extr_{rig.prefix}[0-9]*.xml')))
     first = f'extr_{names[0]}.xml'
     if n==0: raise DataError(folder, 'has no extr_*.xml', first)
+    n = max(n, len(list((root/'Image_subsets').glob('C[0-9]*'))))
     return [f'{rig.prefix}{i+1}' for i in range(n)]
 
 # %% ../../nbs/04_data.sets.ipynb #c5ceb68b
