@@ -12,7 +12,6 @@ import copy,zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import fastai.callback.schedule # noqa: F401 (adds fit_one_cycle)
 import numpy as np,torch
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD,Adam
