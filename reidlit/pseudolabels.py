@@ -10,7 +10,6 @@ __all__ = ['WHICH', 'STEPS', 'split_pseudo_labels', 'Sightings', 'follow', 'film
 from dataclasses import dataclass,fields
 import numpy as np
 from .data.sets import FrameSet
-from .detectors import Detections
 from .epipolar import box_fundamentals,epipolar_candidates
 from .epipolar import pad_boxes,undistort_boxes
 from .geometry import Camera

@@ -25,7 +25,7 @@ from .learner import (BaselineLoss,ReidDataset,ReidLearner,SampledLoader,
     fast_dtype,fit_resumable,quiet,reid_learner)
 from .metrics.retrieval import Threshold,pair_distances,pick_threshold
 from .models import ReidModel,ReidOutput,load_backbone
-from .tracklets import Tracklets,tracklet_table
+from .tracklets import tracklet_table
 
 # %% ../nbs/13_video.ipynb #e1a9fc1f
 def cut_crops(

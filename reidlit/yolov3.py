@@ -8,7 +8,6 @@ __all__ = ['STRIDES', 'COCO_ANCHORS', 'BOX_LOSSES', 'TINY_SIZES', 'pad_frames', 
            'darknet_tensors', 'save_darknet', 'load_darknet']
 
 # %% ../nbs/14_yolov3.ipynb #e6ed1bbb
-import math
 from pathlib import Path
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from fastcore.basics import patch

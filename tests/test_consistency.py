@@ -12,7 +12,7 @@ from reidlit.consistency import (DETACH, PairDataset, consistency_learner, consi
 from reidlit.core import seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detectors import ShuffleSampler, faster_rcnn, world_frames
+from reidlit.detectors import FrameDataset, ShuffleSampler, faster_rcnn, world_frames
 from reidlit.learner import fit_resumable, quiet
 from reidlit.pseudolabels import Pairs
 
@@ -241,3 +241,20 @@ def test_resumed_to_the_bit(few, tmp_path):
     learn = fit_resumable(learner(rest, few), 3, tmp_path/'cut', {}, resume=True)
     assert equal(whole.state_dict(), rest.state_dict())
     assert len(learn.loss_history.history) == 3
+
+
+def test_gold_beside_consistency(few):
+    with pytest.raises(ValueError, match='beta=0.5 needs gold'): learner(small(), few, beta=.5)
+    d, half, gold = small(), small(), FrameDataset(few[0][[0, 2]], flip=False)
+    d.fixed_stats = half.fixed_stats = True
+    was, history = state(d), []
+    for x, beta in ((d, 1.), (half, .5)):
+        learn = learner(x, few, bs=2, beta=beta, gold=gold)
+        learn.fit(1)
+        history.append(learn.loss_history.history[0])
+    a, b = history
+    assert set(a) == {'consistency', 'loss_classifier', 'loss_box_reg', 'loss_objectness',
+                      'loss_rpn_box_reg'}
+    assert all(b[k] == pytest.approx(a[k]*(1 if k == 'consistency' else .5), rel=1e-4) for k in a)
+    moved = {k for k, v in d.state_dict().items() if not torch.equal(was[k], v)}
+    assert moved and all(k.startswith('net.backbone') for k in moved)

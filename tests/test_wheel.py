@@ -64,3 +64,12 @@ def test_command():
                            capture_output=True, text=True)
     assert wrong.returncode == 2 and "data 'moon'" in wrong.stderr
     assert 'Traceback' not in wrong.stderr
+
+
+def test_shipped_weights_came_along():
+    from reidlit.detectors import WEIGHTS, base_detector, to_images
+    from reidlit.video import reid_for
+    assert list(WEIGHTS.glob('base-*.safetensors'))
+    found = base_detector(device='cpu').predict(to_images(np.zeros((1, 96, 160, 3), np.uint8)))
+    assert len(found) == 1
+    for kind in ('people', 'vehicles'): assert 0 < reid_for(kind, 'cpu')[1] < 2

@@ -9,7 +9,7 @@ __all__ = ['MULTIVIEWX', 'CALIBRATION_LINES', 'DEGREE', 'RATES', 'multiviewx', '
            'pets2009']
 
 # %% ../../nbs/05_data.sets_multiview.ipynb #75e58b37
-import json,os,re,shutil,threading
+import os,re,shutil,threading
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 from types import SimpleNamespace
