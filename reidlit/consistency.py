@@ -84,7 +84,7 @@ def pair_batch(
     boxes = lambda x: [torch.from_numpy(np.ascontiguousarray(b)) for b in x]
     return stack(im1),boxes(b1),stack(im2),boxes(b2)
 
-# %% ../nbs/62_consistency.ipynb #1baaa17b
+# %% ../nbs/62_consistency.ipynb #cf8284ba
 def _agree(detector, im1, b1, im2, b2, *_, detach, reduction):
     "The loss of a batch of a `PairDataset`, by name."
     x = lambda f: f.permute(0, 3, 1, 2).float()/255
@@ -95,6 +95,7 @@ def _agree(detector, im1, b1, im2, b2, *_, detach, reduction):
     loss = consistency_loss(s1, s2, detector.binary, detach, reduction)
     return dict(consistency=loss)
 
+# %% ../nbs/62_consistency.ipynb #7456f1ad
 class _Both:
     "Items: a pair of frames, and a frame with sure boxes."
     def __init__(self, pairs, gold): self.pairs,self.gold = pairs,gold
@@ -102,12 +103,15 @@ class _Both:
     def __getitem__(self, i): return *self.pairs[i],*self.gold[i%len(self.gold)]
 
 def _both_batch(items):
+    "A batch of `_Both`: that of the pairs, then that of the frames."
     return (*pair_batch([o[:4] for o in items]), *frame_batch([o[4:] for o in items]))
 
 def _agree_and_detect(detector, im1, b1, im2, b2, frames, targets, *_, agree, beta):
+    "The loss of agreement, and those of detection times beta."
     found = box_losses(detector, frames, targets)
     return agree(detector, im1, b1, im2, b2) | {k:beta*v for k,v in found.items()}
 
+# %% ../nbs/62_consistency.ipynb #87b42609
 def consistency_learner(
     detector:Detector, # Only its backbone will be trained
     items:FrameSet, # Frames of all cameras
@@ -120,7 +124,7 @@ def consistency_learner(
     gold:FrameDataset|None=None, # Frames with sure boxes for that loss
     **kwargs # For `task_learner`: `lr`, `seed`, ...
 )->Learner: # Ready to fit
-    "A learner of agreement (alpha=1); `ValueError` for no pairs."
+    "A learner of agreement (alpha=1); `ValueError` for no pairs, or no gold."
     detector.train_only('backbone')
     loss = partial(_agree, detach=detach, reduction=reduction)
     data = PairDataset(items, pairs, size=size)
