@@ -448,18 +448,22 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
     camera:Annotated[str, typer.Option(help='C1, C2, ...')],
     data:Annotated[str, typer.Option(help=', '.join(NETWORKS))]='wildtrack',
     others:Annotated[Optional[str], typer.Option(help='for example C2,C3')]=None,
-    detector:Annotated[Optional[Path], typer.Option(help='a file of save_detector')]=None,
+    detector:Annotated[Optional[Path], typer.Option(
+        help='a file of save_detector')]=None,
     preset:PresetArg=None, out:OutArg=None,
     resume:Annotated[bool, typer.Option('--resume', help='go on from OUT')]=False,
     seed:int=0, device:DeviceArg=None):
     "Make a detector for one camera of a network, taught by the others (MCSSL)."
     if data not in NETWORKS:
         raise ValueError(f'data {data!r}: expected one of {tuple(NETWORKS)}')
-    s,kind,settings = LAYOUTS[data][1](root),NETWORKS[data],mcssl.mcssl_settings(preset, seed=seed)
+    s,kind = LAYOUTS[data][1](root),NETWORKS[data]
+    settings = mcssl.mcssl_settings(preset, seed=seed)
     count = len(s.train.cameras)
     c = camera_number(camera, count)
-    rest = range(count) if others is None else [camera_number(o, count) for o in others.split(',')]
-    base = load_detector(detector, device) if detector else base_detector(kind, device=device)
+    names = others.split(',') if others else [f'C{i+1}' for i in range(count)]
+    rest = [camera_number(o, count) for o in names]
+    base = (load_detector(detector, device) if detector else
+            base_detector(kind, device=device))
     own,size = s.test[s.test.camids==c],network_size(s.train.read(0))
     out = out or data_home('runs', f'mcssl-{data}-{camera}')
     if not resume and out.exists() and any(out.iterdir()):
@@ -473,9 +477,10 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
         typer.echo('\nstopped; go on with --resume')
         raise typer.Exit(130)
     for a in made.association:
-        typer.echo(f'C{a.camera2+1}: {a.possible} pairs of boxes, {len(a.candidates[0])} '
-                   f'after geometry, {a.confirmed.sum()} confirmed')
-    path = save_detector(made.detector, out/'detector.safetensors', half=False, camera=camera)
+        typer.echo(f'C{a.camera2+1}: {a.possible} pairs of boxes, '
+                   f'{len(a.candidates[0])} after geometry, {a.confirmed.sum()} confirmed')
+    path = save_detector(made.detector, out/'detector.safetensors', half=False,
+                         camera=camera)
     for word,d in (('base', base), ('custom', made.detector)):
         if not len(own): break
         typer.echo(f'{word}: '+', '.join(f'{k} {v:.3f}' for k,v in
@@ -485,12 +490,15 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
 @app.command('make')
 def make_weights(what:Annotated[str, typer.Argument(help='base or reid')],
     kind:Annotated[str, typer.Option(help='people or vehicles')]='people',
-    network:Annotated[str, typer.Option(help='faster_rcnn or yolov3, of base')]='faster_rcnn',
+    network:Annotated[str, typer.Option(
+        help='faster_rcnn or yolov3, of base')]='faster_rcnn',
     out:OutArg=None, preset:PresetArg=None, device:DeviceArg=None):
     "Train a detector or re-identification model on drawn worlds, as shipped."
-    if what not in ('base', 'reid'): raise ValueError(f"{what!r}: expected 'base' or 'reid'")
+    if what not in ('base', 'reid'):
+        raise ValueError(f"{what!r}: expected 'base' or 'reid'")
     kw = dict(preset=preset, path=out, device=device)
-    typer.echo(make_base(kind, network, **kw) if what=='base' else make_reid(kind, **kw))
+    made = make_base(kind, network, **kw) if what=='base' else make_reid(kind, **kw)
+    typer.echo(made)
 
 # %% ../nbs/80_cli.ipynb #9963791c
 def demo_page(
