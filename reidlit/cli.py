@@ -487,6 +487,7 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
                                          detector_scores(d, own, size).items()))
     typer.echo(f'in {path}')
 
+# %% ../nbs/80_cli.ipynb #bc4fb04c
 @app.command('make')
 def make_weights(what:Annotated[str, typer.Argument(help='base or reid')],
     kind:Annotated[str, typer.Option(help='people or vehicles')]='people',
@@ -497,7 +498,8 @@ def make_weights(what:Annotated[str, typer.Argument(help='base or reid')],
     if what not in ('base', 'reid'):
         raise ValueError(f"{what!r}: expected 'base' or 'reid'")
     kw = dict(preset=preset, path=out, device=device)
-    made = make_base(kind, network, **kw) if what=='base' else make_reid(kind, **kw)
+    made = (make_base(kind, network, **kw) if what=='base' else
+            make_reid(kind, **kw))
     typer.echo(made)
 
 # %% ../nbs/80_cli.ipynb #9963791c
