@@ -478,7 +478,8 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
         raise typer.Exit(130)
     for a in made.association:
         typer.echo(f'C{a.camera2+1}: {a.possible} pairs of boxes, '
-                   f'{len(a.candidates[0])} after geometry, {a.confirmed.sum()} confirmed')
+                   f'{len(a.candidates[0])} after geometry, '
+                   f'{a.confirmed.sum()} confirmed')
     path = save_detector(made.detector, out/'detector.safetensors', half=False,
                          camera=camera)
     for word,d in (('base', base), ('custom', made.detector)):
