@@ -6,8 +6,8 @@
 __all__ = ['READERS', 'app', 'LAYOUTS', 'LayoutArg', 'DataArg', 'RootArg', 'PresetArg', 'OutArg', 'WeightsArg', 'DeviceArg',
            'LABS', 'WHATS', 'NETWORKS', 'hold_out', 'open_data', 'read_sources', 'open_crops', 'number_alike',
            'train_baseline', 'search', 'write_search', 'diagnosis', 'about', 'world', 'train', 'evaluate_run',
-           'search_folder', 'experiment', 'reproduce', 'doctor', 'camera_number', 'network_size', 'customise_camera',
-           'make_weights', 'demo_page', 'demo', 'main']
+           'search_folder', 'experiment', 'reproduce', 'doctor', 'camera_number', 'shared_moments', 'network_size',
+           'customise_camera', 'make_weights', 'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -432,6 +432,17 @@ def camera_number(
         raise ValueError(f'camera {name!r}: expected C1 to C{count}')
     return n-1
 
+def shared_moments(
+    items:sets.FrameSet, # Frames of many cameras
+    cameras # Some of them
+)->tuple: # Frame numbers that all have, and how many others there are
+    "Moments of all cameras; `ValueError` if they have none in common."
+    each = [set(items.frames[items.camids==c].tolist()) for c in cameras]
+    both = sorted(set.intersection(*each))
+    if not both: raise ValueError(f'{items.name}: cameras '
+        f'{sorted(f"C{c+1}" for c in cameras)} have no moment in common')
+    return both,len(set.union(*each))-len(both)
+
 def network_size(
     frame:np.ndarray, # `(H,W,3)`
     widest:int=640 # Pixels
@@ -458,18 +469,21 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
         raise ValueError(f'data {data!r}: expected one of {tuple(NETWORKS)}')
     s,kind = LAYOUTS[data][1](root),NETWORKS[data]
     settings = mcssl.mcssl_settings(preset, seed=seed)
+    if s.train.cameras is None:
+        raise DataError(root, 'no camera is calibrated', 'K, R and t of each')
     count = len(s.train.cameras)
     c = camera_number(camera, count)
     names = others.split(',') if others else [f'C{i+1}' for i in range(count)]
     rest = [camera_number(o, count) for o in names]
-    base = (load_detector(detector, device) if detector else
-            base_detector(kind, device=device))
-    own,size = s.test[s.test.camids==c],network_size(s.train.read(0))
     out = out or data_home('runs', f'mcssl-{data}-{camera}')
     if not resume and out.exists() and any(out.iterdir()):
         raise DataError(out, 'not empty', '--resume to go on, or another --out')
     typer.echo(s.train)
-    times = s.train.frames[s.train.camids==c].tolist()
+    times,lost = shared_moments(s.train, {c, *rest})
+    if lost: typer.echo(f'{lost} moments left out: not all cameras have them')
+    base = (load_detector(detector, device) if detector else
+            base_detector(kind, device=device))
+    own,size = s.test[s.test.camids==c],network_size(s.train.read(0))
     try: made = mcssl.customise(c, [o for o in rest if o!=c], base, s.train, times,
         settings, reid=reid_for(kind, device), size=size, device=device, folder=out,
         resume=resume)
@@ -501,7 +515,8 @@ def make_weights(what:Annotated[str, typer.Argument(help='base or reid')],
     kw = dict(preset=preset, path=out, device=device)
     made = (make_base(kind, network, **kw) if what=='base' else
             make_reid(kind, **kw))
-    typer.echo(made)
+    typer.echo(f'{made}\nwhat comes with the package goes first: '
+               'name this one with --detector' if what=='base' else made)
 
 # %% ../nbs/80_cli.ipynb #9963791c
 def demo_page(

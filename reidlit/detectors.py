@@ -603,6 +603,10 @@ def make_base(
     **kwargs # For the network, e.g. `backbone`
 )->Path: # The file
     "A base detector, trained on the general set and written."
+    for name,value,known in (('kind', kind, ASPECT),
+                             ('preset', preset or active_preset(), BASE)):
+        if value not in known:
+            raise ValueError(f'{name} {value!r}: expected one of {tuple(known)}')
     s = BASE[preset or active_preset()]
     seed_all(seed)
     d = make_detector(network, aspect=ASPECT[kind], **kwargs)
@@ -629,5 +633,5 @@ def base_detector(
     name = base_name(kind, network, **kwargs)
     for path in (WEIGHTS/name, data_home('models', active_preset(), name)):
         if path.exists(): return load_detector(path, device)
-    logger.info('no %s: training one', name)
+    logger.warning('no %s in the package: training one', name)
     return load_detector(make_base(kind, network, device=device, **kwargs), device)

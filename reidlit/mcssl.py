@@ -22,6 +22,7 @@ from .data.sets import FrameSet
 from .detectors import (Detections,Detector,FrameDataset,box_losses,detect,
     detector_learner,frame_batch,own_targets,task_learner,to_images)
 from .epipolar import epipolar_candidates
+from .geometry import fundamental_matrix
 from .learner import fit_resumable
 from .pseudolabels import (WHICH,associate_boxes,films_of,follow,
     split_pseudo_labels,tracked_pairs)
@@ -53,7 +54,10 @@ def mcssl_settings(
         raise ValueError(f'unknown settings {sorted(unknown)}: expected {list(out)}')
     return out | changes
 
-def _opt(s): return Adam if s['opt']=='adam' else partial(SGD, mom=.9)
+def _opt(s):
+    known = dict(adam=Adam, sgd=partial(SGD, mom=.9))
+    if s['opt'] in known: return known[s['opt']]
+    raise ValueError(f"opt={s['opt']!r}: expected one of {tuple(known)}")
 
 # %% ../nbs/63_mcssl.ipynb #49158700
 @dataclass
@@ -115,9 +119,10 @@ def _train(learn, epochs, watch, phase, folder=None, about=None):
     return learn.loss_history.history
 
 # %% ../nbs/63_mcssl.ipynb #680b48e7
-def _about(s, detector, **more):
+def _about(s, detector, items, **more):
     "All that makes a run what it is, for its checkpoints."
-    base = 0
+    base,data = 0,zlib.crc32(np.ascontiguousarray(items.read(0)))
+    more |= dict(data=f'{items.name}, {len(items)} frames, first {data}')
     for v in detector.state_dict().values():
         base = zlib.crc32(v.detach().cpu().float().numpy().tobytes(), base)
     ints = lambda x: x if x is None or isinstance(x, str) else np.asarray(x).tolist()
@@ -131,6 +136,10 @@ def _check(items, cams, which, found, folder, resume):
     missing = [c for c in cams if known.get(c) is None]
     if missing and found is None: raise ValueError(f'{items.name or "items"}: no '
         f'calibration of cameras {missing}; .cameras must hold a Camera for each')
+    for c in cams[1:] if found is None else []:
+        try: fundamental_matrix(known[cams[0]], known[c])
+        except ValueError as e:
+            raise ValueError(f'cameras {cams[0]} and {c}: {e}') from None
     if folder is None or resume: return
     for here in (Path(folder)/p for p in PHASES):
         if (here/'checkpoint.json').exists(): raise DataError(here,
@@ -181,8 +190,8 @@ def customise(
     if found is None: found = associate_boxes(g.seen, g.features, camera, cams[1:],
         items.cameras, reid[1], s['fudge'], which, s['confident'], s['mutual'])
     new = copy.deepcopy(detector); new.fixed_stats = True
-    about = folder and _about(s, detector, cameras=cams, which=which, times=g.times,
-                              size=size)
+    about = folder and _about(s, detector, items, cameras=cams, which=which,
+                              times=g.times, size=size)
     kw = dict(wd=s['wd'], opt_func=_opt(s), seed=s['seed'], device=device, size=size)
     pairs,history = tracked_pairs(found, g.seen, camera),[]
     sure = split_pseudo_labels(g.found[camera], s['confident'], s['least'])[0]
@@ -215,7 +224,8 @@ def estimate_corruption(
     items:FrameSet, # Frames of one camera
     gold:list, # Confident `Detections` of each
     every:list, # All `Detections` of each
-    seed:int=0 # Chooses boxes of background
+    seed:int=0, # Chooses boxes of background
+    size:tuple|None=None # `(H,W)` of the network's input; `None` keeps
 )->torch.Tensor: # `(2,2)`, row k: how class k is labelled; 0 is background
     "The corruption matrix of gold loss correction; `ValueError` if a row is empty."
     r,rows = rng_for(seed, 'corruption'),[[], []]
@@ -223,10 +233,11 @@ def estimate_corruption(
     detector.eval()
     for i in range(len(items)):
         if not len(gold[i]): continue
-        frame = items.read(i)
-        empty = _background(gold[i].xyxy, every[i].xyxy, frame.shape[1::-1], r)
+        (frame,sure),(_,all_) = (FrameDataset(items[[i]], [t], size, False)[0]
+                                 for t in (gold[i], every[i]))
+        empty = _background(sure.xyxy, all_.xyxy, frame.shape[1::-1], r)
         x = to_images(frame[None], device)
-        for k,o in ((1, torch.tensor(gold[i].xyxy)), (0, empty)):
+        for k,o in ((1, torch.tensor(sure.xyxy)), (0, empty)):
             if not len(o): continue
             with torch.no_grad(): p = detector.class_scores(x, [o.to(device)]).cpu()
             rows[k].append(torch.stack([1-p[:, -1], p[:, -1]], 1))
@@ -299,7 +310,7 @@ def _together(sure, rest):
     return Detections(join('xyxy'), join('scores'), join('labels'),
                       np.r_[sure.gold, rest.gold&False])
 
-def _recipe(name, new, own, found, s):
+def _recipe(name, new, own, found, s, size=None):
     "Targets and loss of a baseline, and the mean teacher if it has one."
     sure,rest = split_pseudo_labels(found, s['confident'], s['least'])
     both = [_together(a, b) for a,b in zip(sure, rest)]
@@ -309,7 +320,7 @@ def _recipe(name, new, own, found, s):
         return own_targets(own),box_losses,None
     if not any(map(len, sure)): return None,None,None
     if name=='ST-GLC':
-        C = estimate_corruption(new, own, sure, both, s['seed'])
+        C = estimate_corruption(new, own, sure, both, s['seed'], size)
         return both,partial(box_losses, correction=C),None
     if name=='ST-CL': return both,_csd,None
     if name=='mean teacher':
@@ -336,7 +347,7 @@ def baseline(
     own = items[[items.find(camera, t) for t in g.times]]
     new = copy.deepcopy(detector).to(default_device(device))
     new.fixed_stats = True
-    targets,loss,teacher = _recipe(name, new, own, g.found[camera], s)
+    targets,loss,teacher = _recipe(name, new, own, g.found[camera], s, size)
     if targets is None:
         _stays(camera, f"no box above {s['confident']}", 'detector')
         return Custom(new.eval(), [], [])

@@ -447,5 +447,5 @@ def reid_for(
     preset = kwargs.get('preset') or active_preset()
     for path in (WEIGHTS/name, data_home('models', preset, name)):
         if path.exists(): return load_reid(path, device)
-    logger.info('%s: no such file in the package; training', name)
+    logger.warning('no %s in the package: training one', name)
     return load_reid(make_reid(kind, device=device, **kwargs), device)

@@ -6,7 +6,7 @@ import pytest
 from reidlit.cli import main
 from reidlit.data import sets_multiview, writers
 from reidlit.data.world import World
-from reidlit.detectors import load_detector
+from reidlit.detectors import WEIGHTS, load_detector
 
 WRITE = dict(wildtrack=writers.write_wildtrack, multiviewx=sets_multiview.write_multiviewx)
 
@@ -59,3 +59,23 @@ def test_unknown_data_and_weights(tmp_path, capsys):
     assert main(['make', 'nothing']) == 2 and "'nothing'" in capsys.readouterr().err
     assert main(['reproduce', 'mcssl', '--data', 'market1501', '--root', str(tmp_path)]) == 2
     assert 'pets2009' in capsys.readouterr().err
+
+
+def test_vehicles_whose_cameras_start_late(tmp_path, capsys):
+    world = World(12, 3, 0, 'plaza', 'vehicles', size=(160, 96), crowd=8)
+    root = sets_multiview.write_cityflow(world, tmp_path / 'road', times=range(0, 40, 2), late=[0, 2, 1], video=False)
+    words = ['customise', '--data', 'cityflow', '--root', str(root), '--camera', 'C1', '--preset', 'ci',
+             '--device', 'cpu', '--detector', str(next(WEIGHTS.glob('base-*people*')))]
+    assert main([*words, '--out', str(tmp_path / 'run')]) == 0
+    assert 'moments left out' in capsys.readouterr().out
+    for file in root.rglob('calibration.txt'):
+        file.write_text('\n'.join(o for o in file.read_text().splitlines() if o.startswith('Homography')))
+    for note in root.rglob('reidlit.json'): note.unlink()
+    assert main([*words, '--out', str(tmp_path / 'other')]) == 2
+    err = capsys.readouterr().err
+    assert 'calibrat' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('words,said', [(['--kind', 'dogs'], "'dogs'"), (['--preset', 'moon'], "'moon'")])
+def test_make_names_what_it_does_not_know(words, said, capsys):
+    assert main(['make', 'base', *words]) == 2 and said in capsys.readouterr().err

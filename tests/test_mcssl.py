@@ -308,3 +308,29 @@ def test_gather_once_serves_every_camera(items, base, reid, run, monkeypatch):
     g = gather(base, items, range(3), KEYS, reid)
     assert same(weights(run(camera=1, others=[0, 2], gathered=g).detector),
                 weights(run(camera=1, others=[0, 2]).detector))
+
+
+def test_cameras_at_one_place_are_named(run, items):
+    same = replace(items, cameras=[items.cameras[0], items.cameras[1], items.cameras[0]])
+    with pytest.raises(ValueError, match='cameras 0 and 2'): run(items=same)
+
+
+def test_unknown_optimiser(run):
+    with pytest.raises(ValueError, match="opt='Adam'"): run(settings=SHORT | dict(opt='Adam'))
+
+
+def test_corruption_at_the_size_of_the_network(items, base):
+    "Frames twice as large with `size=` give what the small ones give."
+    own = items[[items.find(0, t) for t in KEYS]]
+    large = FrameSet([f.repeat(2, 0).repeat(2, 1) for f in own.images], own.camids, own.frames,
+                     own.row, own.xyxy*2, own.pids)
+    small, big = (estimate_corruption(base, s, own_targets(s), own_targets(s), 0, size)
+                  for s, size in ((own, None), (large, (96, 160))))
+    plain = estimate_corruption(base, large, own_targets(large), own_targets(large), 0)
+    assert abs(small - big).max() < .02 and abs(small - big).max() < abs(small - plain).max()
+
+
+def test_resuming_on_other_frames_is_refused(run, items, tmp_path):
+    run(folder=tmp_path)
+    dark = replace(items, images=[f//2 for f in items.images])
+    with pytest.raises(DataError, match='data'): run(items=dark, folder=tmp_path, resume=True)
