@@ -374,7 +374,7 @@ def test_base_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(detectors, 'WEIGHTS', tmp_path/'none')
     monkeypatch.setitem(BASE, 'ci', dict(worlds=1, times=1, epochs=1))
     d = base_detector('vehicles', device='cpu', backbone='smaller')
-    path = tmp_path/'models'/base_name('vehicles', backbone='smaller')
+    path = tmp_path/'models'/'ci'/base_name('vehicles', backbone='smaller')
     assert path.exists() and d.made['aspect'] == .6 and d.fixed_stats
     monkeypatch.setattr(detectors, 'make_base', partial(pytest.fail, 'made twice'))
     again = base_detector('vehicles', device='cpu', backbone='smaller')
