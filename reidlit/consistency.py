@@ -12,8 +12,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 from .data.sets import FrameSet
-from reidlit.detectors import (Detector,FrameDataset,box_losses,frame_batch,
-    task_learner)
+from .detectors import Detector,FrameDataset,box_losses
+from .detectors import _at_size,frame_batch,task_learner,to_images
 from .pseudolabels import Pairs
 
 # %% ../nbs/62_consistency.ipynb #e169b27c
@@ -58,20 +58,15 @@ class PairDataset:
     def __len__(self): return len(self.keys)
 
 # %% ../nbs/62_consistency.ipynb #2f64675a
-def _scaled(items, row, box, size):
-    "A frame and boxes in it, at `size` `(H,W)`."
-    im = items.read(row)
-    if size is None: return im,box
-    scale = np.divide(size, im.shape[:2])[::-1]
-    return items.read(row, size),box*np.tile(scale, 2).astype(np.float32)
-
 @patch
 def __getitem__(self:PairDataset,
     i:int # Which pair of frames
 )->tuple: # Frame `(H,W,3)` uint8 and boxes `(k,4)`, of both cameras
     "Two frames and the boxes paired in them, row by row."
     g,p = self.groups[i][:self.most],self.pairs
-    side = lambda row,box: _scaled(self.items, int(row), box[g], self.size)
+    def side(row, box):
+        im,scale = _at_size(self.items, int(row), self.size)
+        return im,box[g]*scale
     return *side(self.keys[i, 0], p.box1),*side(self.keys[i, 1], p.box2)
 
 # %% ../nbs/62_consistency.ipynb #d0e43ed6
@@ -87,10 +82,9 @@ def pair_batch(
 # %% ../nbs/62_consistency.ipynb #cf8284ba
 def _agree(detector, im1, b1, im2, b2, *_, detach, reduction):
     "The loss of a batch of a `PairDataset`, by name."
-    x = lambda f: f.permute(0, 3, 1, 2).float()/255
     def look(f, b, fixed):
         with torch.set_grad_enabled(not fixed):
-            return detector.class_scores(x(f), b)
+            return detector.class_scores(to_images(f), b)
     s1,s2 = look(im1, b1, detach=='first'),look(im2, b2, detach=='second')
     loss = consistency_loss(s1, s2, detector.binary, detach, reduction)
     return dict(consistency=loss)

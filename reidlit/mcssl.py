@@ -268,7 +268,7 @@ def flip_consistency(
 
 def _csd(detector, frames, targets, *_):
     "Supervised on gold boxes, consistent on all of them."
-    x = frames.permute(0, 3, 1, 2).float()/255
+    x = to_images(frames)
     out = detector.losses(x, [t[t.gold] for t in targets])
     boxes = [torch.as_tensor(t.xyxy, device=x.device) for t in targets]
     return out | dict(flip=flip_consistency(detector, x, boxes))
@@ -295,7 +295,7 @@ class _Average(Callback):
 # %% ../nbs/63_mcssl.ipynb #dc6ec6db
 def _taught(detector, frames, targets, *_, teacher, confident):
     "The teacher's sure boxes on plain frames, the student's loss on changed ones."
-    x = frames.permute(0, 3, 1, 2).float()/255
+    x = to_images(frames)
     labels = [d[d.scores>confident] for d in teacher.predict(x, confident)]
     r = torch.rand(len(x), 4, 1, 1, 1, device=x.device)
     y = (x**(.6+.8*r[:, 0]))*(.7+.6*r[:, 1:]).squeeze(2).clamp(0, 2)

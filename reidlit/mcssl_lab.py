@@ -22,7 +22,7 @@ from . import yolov3 # noqa: F401 (base_detector can make one)
 from .detectors import (Detections,base_detector,detector_learner,
     detector_scores,own_targets,world_frames)
 from .epipolar import box_fundamentals,epipolar_candidates
-from .geometry import epipolar_distance,fundamental_matrix
+from .geometry import epipolar_distance
 from .learner import quiet
 from .mcssl import (Gathered,baseline,customise,gather,
     mcssl_settings)
@@ -70,14 +70,22 @@ def share_of_view(
     return np.array([shared[rows[2]==k].mean() for k in range(rows[2].max()+1)])
 
 # %% ../nbs/64_mcssl_lab.ipynb #ec970819
-def _begin(seed, preset, kind='people', network='faster_rcnn', device=None, **base):
+def _begin(seed, preset, kind='people', network='faster_rcnn', device=None):
     "Settings, frames, base detector, re-identification, and what was gathered."
     s,frames = mcssl_settings(preset, seed=seed),lab_frames(seed, kind, preset)
-    det,reid = base_detector(kind, network, device, **base),reid_for(kind, device)
+    det,reid = base_detector(kind, network, device),reid_for(kind, device)
     cams = range(len(frames['train'].cameras))
     with quiet(): g = gather(det, frames['train'], cams, frames['keys'], reid,
                              s['least'], s['steps'], s['tracker'])
     return s,frames,det,reid,g
+
+def _line(name, scores):
+    "A variant's numbers, to be said."
+    return f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in scores.items())
+
+def _mean(each, mean=np.mean):
+    "Means of dicts with the same keys."
+    return {m:float(mean([e[m] for e in each])) for m in each[0]}
 
 # %% ../nbs/64_mcssl_lab.ipynb #8aef2a0f
 TRUE = 'MCSSL, true pairs'
@@ -104,8 +112,7 @@ def one_camera(
     out,found = dict(base=detector_scores(base, test)),{}
     def note(name, scores):
         out[name] = scores
-        text = ', '.join(f'{k} {v:.3f}' for k,v in scores.items())
-        say(f'camera {camera}, {name}: {text}')
+        say(_line(f'camera {camera}, {name}', scores))
     note('base', out['base'])
     for arm in arms:
         def between(phase, epoch, detector):
@@ -119,10 +126,10 @@ def one_camera(
                 (MCSSL_ARMS | GOLD)[arm], gathered, known, reid, device=device,
                 watch=between)
             found[arm] = r.association
+            # without pairs there is no phase to watch
+            out.setdefault(f'{arm}, backbone', out['base'])
         else: r = baseline(arm, camera, base, frames['train'], gathered, settings,
                            device=device)
-        if arm in MCSSL_ARMS | GOLD: # without pairs there is no phase to watch
-            out.setdefault(f'{arm}, backbone', out['base'])
         note(arm, detector_scores(r.detector, test))
     return out,found
 
@@ -146,8 +153,7 @@ def core(
     out = {}
     for name in runs['most'][0]:
         each = {k:r[0][name] for k,r in runs.items()}
-        out[name] = {m:float(np.mean([e[m] for e in each.values()]))
-                     for m in each['most']}
+        out[name] = _mean([*each.values()])
         out[name] |= {f'AP80_{k}':e['AP80'] for k,e in each.items()}
     for k,c in two.items():
         if 'MCSSL' in arms:
@@ -198,8 +204,7 @@ def all_cameras(
             out |= {f'{a}, camera {c}':scores[a]|dict(share=share[c])
                     for a in ('base', *arms)}
     for a in ('base', *arms):
-        each = [out[f'{a}, camera {c}'] for c in range(len(share))]
-        out[a] = {m:float(np.mean([e[m] for e in each])) for m in each[0]}
+        out[a] = _mean([out[f'{a}, camera {c}'] for c in range(len(share))])
     return out
 
 # %% ../nbs/64_mcssl_lab.ipynb #3e7fd7d3
@@ -216,11 +221,11 @@ def sweeps(
     share = share_of_view(frames['train'])
     c,out = int(share.argmax()),{}
     test = frames['test'][frames['test'].camids==c]
-    others = [k for k in g.found if k!=c]
     def run(name, settings, which, watch=None):
-        r = customise(c, others, base, frames['train'], frames['keys'], settings, which,
+        r = customise(c, g.found, base, frames['train'], frames['keys'], settings, which,
                       g, None, reid, device=device, watch=watch)
-        out[name] = detector_scores(r.detector, test); say(f'{name}: {out[name]}')
+        out[name] = detector_scores(r.detector, test)
+        say(_line(name, out[name]))
     out['base'] = detector_scores(base, test)
     with quiet():
         for name in ('MCSSL', 'MCSSL-C', 'MCSSL-CU'):
@@ -276,7 +281,8 @@ def premise(
             lr=s['lr'], wd=s['wd'], opt_func=Adam, seed=seed, device=device)
         more = round(epochs*n/len(rows)) if len(rows)>=s['bs'] else epochs*n//s['bs']
         learn.fit_one_cycle(more, s['lr'], pct_start=.2)
-        out[name] = detector_scores(d, test); say(f'{name}: {out[name]}')
+        out[name] = detector_scores(d, test)
+        say(_line(name, out[name]))
     out['base'] = detector_scores(base, test)
     with quiet():
         for part in ('backbone', 'detection'):
@@ -307,6 +313,7 @@ def foot_matches(
     "Epipolar matching of two views, judged on the ground plane."
     i,j = views
     F = box_fundamentals([d.cameras[j], d.cameras[i]])[1][0]
+    feet = lambda x: np.c_[x[:, [0, 2]].mean(1), x[:, 3]]
     n = np.zeros(5) # pairs, kept, true, true and kept, matches
     right,T = 0,len(d)
     for t in range(0, T, every):
@@ -315,9 +322,7 @@ def foot_matches(
         if not len(a) or not len(b): continue
         gap = np.linalg.norm(d.feet(i, t, least)[:, None]-d.feet(j, u, least), axis=-1)
         true,ok = gap<near,epipolar_candidates(b, a, F, fudge).T
-        feet = lambda x: np.c_[x[:, [0, 2]].mean(1), x[:, 3]]-.5
-        off = epipolar_distance(feet(b)[None], feet(a)[:, None],
-            fundamental_matrix(d.cameras[j], d.cameras[i]))
+        off = epipolar_distance(feet(b)[None], feet(a)[:, None], F)
         best = (off==off.min(1, keepdims=True))&(off==off.min(0))&ok
         n += [ok.size, ok.sum(), true.sum(), (true&ok).sum(), best.sum()]
         right += (true&best).sum()
@@ -342,10 +347,10 @@ def real_core(
         for word,shift in (('in step', 0), ('shuffled', off)):
             name = f'{d.names[j]} to {d.names[0]}, {word}'
             out[name] = foot_matches(flat, (0, j), shift)
-            say(f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in out[name].items()))
+            say(_line(name, out[name]))
     for word in ('in step', 'shuffled'):
         each = [v for k,v in out.items() if k.endswith(word)]
-        out[word] = {m:float(np.nanmean([e[m] for e in each])) for m in each[0]}
+        out[word] = _mean(each, np.nanmean)
     return out
 
 REAL_CLAIMS = {'in step > shuffled in right':'', 'in step > shuffled in truth':''}
