@@ -483,7 +483,8 @@ def customise_camera(root:Annotated[Path, typer.Option(help='folder of the set')
             base_detector(kind, device=device))
     own,size = s.test[s.test.camids==c],network_size(s.train.read(0))
     try: made = mcssl.customise(c, rest, base, s.train, times, settings,
-        reid=reid_for(kind, device), size=size, device=device, folder=out, resume=resume)
+        reid=reid_for(kind, device), size=size, device=device, folder=out,
+        resume=resume)
     except KeyboardInterrupt:
         typer.echo('\nstopped; go on with --resume')
         raise typer.Exit(130)
