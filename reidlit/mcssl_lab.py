@@ -222,8 +222,8 @@ def sweeps(
     c,out = int(share.argmax()),{}
     test = frames['test'][frames['test'].camids==c]
     def run(name, settings, which, watch=None):
-        r = customise(c, g.found, base, frames['train'], frames['keys'], settings, which,
-                      g, None, reid, device=device, watch=watch)
+        r = customise(c, g.found, base, frames['train'], frames['keys'], settings,
+                      which, g, None, reid, device=device, watch=watch)
         out[name] = detector_scores(r.detector, test)
         say(_line(name, out[name]))
     out['base'] = detector_scores(base, test)
