@@ -19,7 +19,7 @@ import time
 import numpy as np
 import torch
 
-from reidlit.association import _blocks, associate
+from reidlit.ics.association import _blocks, associate
 
 CAMERAS, SEEN_BY = 15, 5
 

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from reidlit.data.world import cylinder_boxes
-from reidlit.epipolar import box_fundamentals, epipolar_candidates
+from reidlit.mcssl.epipolar import box_fundamentals, epipolar_candidates
 from reidlit.geometry import Camera
 
 

@@ -25,10 +25,14 @@ from typing import Annotated,Optional
 import matplotlib.pyplot as plt,numpy as np,torch,typer
 from .core import (DataError,Dropped,ReidSet,active_preset,data_home,
     default_device,rng_for,write_atomic)
-from . import crossdataset_lab,ics_lab,mcssl,mcssl_lab
-from .data import sets,sets_msmt17,sets_multiview,trials,writers
+from . import mcssl
+from .crossdataset import lab as crossdataset_lab
+from .ics import lab as ics_lab
+from .mcssl import lab as mcssl_lab
+from .data import sets,sets_multiview,trials,writers
+from .data.readers import msmt17 as sets_msmt17
 from .data.world import World
-from .detectors import (base_detector,detector_scores,load_detector,
+from reidlit.detection.detectors import (base_detector,detector_scores,load_detector,
     make_base,save_detector)
 from .learner import (baseline_learner,baseline_settings,evaluate,
     extract_features,fast_dtype,fit_resumable,load_model)
@@ -36,7 +40,7 @@ from .metrics.retrieval import pair_distances,pick_threshold
 from .models import weights_file
 from .report import (Page,data_section,frames_section,map_section,
     result_section,scores_section,search_section)
-from .results import add_seed,rejudge,surroundings
+from .experiments import add_seed,rejudge,surroundings
 from .video import make_reid,reid_for
 from .viz import show_ranked
 

@@ -15,7 +15,7 @@ from .core import ReidSet,write_atomic
 from .data.augment import Augment
 from .metrics.retrieval import pair_distances,pick_threshold
 from .models import occlusion_map
-from .results import read_result,result_rows
+from .experiments import read_result,result_rows
 from reidlit.viz import (IGNORED,PALETTE,RIGHT,WRONG,camera_color,embed_2d,
     overlay_heat,plot_cmc,plot_distances,plot_embedding,plot_training,show_boxes,
     show_crops)

@@ -10,7 +10,7 @@ import torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from reidlit.association import (Association, _agree, _blocks, _Nearest, associate,
+from reidlit.ics.association import (Association, _agree, _blocks, _Nearest, associate,
                                  association_explorer, nearest_pairs, plot_association,
                                  show_groups)
 from reidlit.core import rng_for

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from fastai.optimizer import Adam
 
-from reidlit.consistency import (DETACH, PairDataset, consistency_learner, consistency_loss,
+from reidlit.mcssl.consistency import (DETACH, PairDataset, consistency_learner, consistency_loss,
                                  pair_batch)
 from reidlit.core import seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detectors import FrameDataset, ShuffleSampler, faster_rcnn, world_frames
+from reidlit.detection.detectors import FrameDataset, ShuffleSampler, faster_rcnn, world_frames
 from reidlit.learner import fit_resumable, quiet
-from reidlit.pseudolabels import Pairs
+from reidlit.mcssl.pseudolabels import Pairs
 
 TWO = torch.tensor([[.4, .6], [.7, .3]]), torch.tensor([[.1, .9], [.5, .5]])
 

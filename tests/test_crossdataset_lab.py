@@ -3,7 +3,7 @@ import json
 import os
 
 from reidlit.cli import main
-from reidlit.crossdataset_lab import CLAIMS, CORE_ARMS, crossdataset_section
+from reidlit.crossdataset.lab import CLAIMS, CORE_ARMS, crossdataset_section
 from reidlit.report import Page
 
 

@@ -10,11 +10,11 @@ from fastai.optimizer import Adam
 from safetensors.torch import load_file, save_file
 from torchvision.ops import roi_align
 
-import reidlit.detectors as detectors
+import reidlit.detection.detectors as detectors
 from reidlit.core import DataError, seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detectors import (BASE, MAKERS, TINY, WEIGHTS, Detections, Detector, FrameDataset,
+from reidlit.detection.detectors import (BASE, MAKERS, TINY, WEIGHTS, Detections, Detector, FrameDataset,
                                ShuffleSampler, base_detector, base_name, corrected_loss, detect,
                                detector_learner, detector_scores, faster_rcnn, frame_batch,
                                join_frames, load_detector, make_base, make_detector, own_targets,

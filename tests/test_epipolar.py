@@ -8,7 +8,7 @@ import pytest
 
 from real import REAL
 from reidlit.data.world import World, cylinder_boxes
-from reidlit.epipolar import (box_fundamentals, disturb, epipolar_candidates,
+from reidlit.mcssl.epipolar import (box_fundamentals, disturb, epipolar_candidates,
                               epipolar_explorer, pad_boxes, pad_pids, pruning, region_distance, undistort_boxes)
 from reidlit.geometry import (Camera, band_polygons, epipolar_band, epipoles,
                               fundamental_matrix)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import reidlit.ics as ics
-from reidlit.association import Association
+from reidlit.ics.association import Association
 from reidlit.cameras import accumulate_ids
 from reidlit.core import DataError, rng_for
 from reidlit.data.world import World

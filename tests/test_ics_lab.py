@@ -7,18 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import reidlit.ics_lab as lab
+import reidlit.ics.lab as lab
 from real import REAL
 from reidlit.cli import main
 from reidlit.core import ReidSet
 from reidlit.data.sets import market_rows
 from reidlit.data.world import World
 from reidlit.ics import VARIANTS, ics_settings
-from reidlit.ics_lab import (CLAIMS, EXPERIMENTS, PAIRS, REAL_CLAIMS, SHARES_OF_PAIRS, WANTED, few_pictures,
+from reidlit.ics.lab import (CLAIMS, EXPERIMENTS, PAIRS, REAL_CLAIMS, SHARES_OF_PAIRS, WANTED, few_pictures,
                              ics_section, ics_world, label_statistics, pictures, real_core, table2)
 from reidlit.learner import quiet
 from reidlit.report import Page
-from reidlit.results import judge
+from reidlit.experiments import judge
 
 
 def nothing(line): "Say nothing."
@@ -160,7 +160,7 @@ def test_few_pictures_takes_as_many_steps(world, asked):
 
 def test_gain_of_the_memory_with_fewer_pictures(monkeypatch):
     scores = {'M1': dict(rank1=.2, mAP=.1), 'M3': dict(rank1=.5, mAP=.3)}
-    monkeypatch.setattr('reidlit.ics_lab.few_pictures', lambda *_, **k: {
+    monkeypatch.setattr('reidlit.ics.lab.few_pictures', lambda *_, **k: {
         f'{m}, {n} pictures': v for n in (2, 8) for m, v in scores.items()})
     out = pictures(0, 'ci')
     assert out['M3 - M1, 2 pictures'] == pytest.approx(dict(rank1=.3, mAP=.2))

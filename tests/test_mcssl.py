@@ -11,15 +11,15 @@ import reidlit.mcssl as mcssl
 from reidlit.core import DataError, seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detectors import Detections, faster_rcnn, own_targets, world_frames
+from reidlit.detection.detectors import Detections, faster_rcnn, own_targets, world_frames
 from reidlit.learner import quiet
 from reidlit.mcssl import (BASELINES, MCSSL, PHASES, PRESETS, baseline, customise,
                            estimate_corruption, exponential_mean, flip_consistency, gather,
                            mcssl_settings)
 from reidlit.metrics.detection import box_iou
-from reidlit.pseudolabels import true_associations
+from reidlit.mcssl.pseudolabels import true_associations
 from reidlit.video import VideoReid
-from reidlit.yolov3 import yolov3
+from reidlit.detection.yolov3 import yolov3
 
 KEYS = [40, 50]
 SHORT = mcssl_settings('ci', epochs=(2, 2), bs=2)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from real import REAL
-from reidlit import mcssl_lab as lab
+from reidlit.mcssl import lab
 from reidlit.core import DataError
 from reidlit.data.sets_multiview import pets2009
-from reidlit.results import read_result
+from reidlit.experiments import read_result
 
 RESULTS = Path(__file__).resolve().parent.parent / 'results'
 QUIET = dict(say=lambda line: None)

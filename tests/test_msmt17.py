@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from reidlit.core import DataError
-from reidlit.data.sets_msmt17 import VERSIONS, msmt17, msmt17_rows, read_list
+from reidlit.data.readers.msmt17 import VERSIONS, msmt17, msmt17_rows, read_list
 
 SLOTS = ['0113morning', '0113afternoon', '0114morning', '0114noon', '0302noon', '0303morning',
          '0303afternoon']

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from reidlit.core import ReidSet, rng_for, seed_all
 from reidlit.learner import quiet
-from reidlit.pul import Classified, Clusters, pul, reliable_clusters
-from reidlit.triplet_mining import EmbeddingNet
+from reidlit.crossdataset.progressive import Classified, Clusters, pul, reliable_clusters
+from reidlit.crossdataset.triplet_mining import EmbeddingNet
 
 SIZE = (32, 16)
 SETTINGS = dict(size=SIZE, pad=0., seed=0, pul_lr=1e-3)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reidlit.memory import CameraMemory
-from reidlit.quintuplet import quintuplet_loss
+from reidlit.ics.memory import CameraMemory
+from reidlit.ics.quintuplet import quintuplet_loss
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 

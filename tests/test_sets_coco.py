@@ -9,7 +9,7 @@ from PIL import Image
 
 from reidlit.core import DataError
 from reidlit.data.sets import FrameSet
-from reidlit.data.sets_coco import coco, write_coco
+from reidlit.data.readers.coco import coco, write_coco
 from reidlit.data.world import World
 
 SETS = dict(person=1, dog=18)

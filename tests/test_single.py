@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reidlit.metrics.retrieval import distance_chunks, scores_from_distances
-from reidlit.metrics.single import (SingleShotScores, found_by,
+from reidlit.metrics.single_shot import (SingleShotScores, found_by,
                                     mean_over_trials, single_shot_scores)
 
 

@@ -9,7 +9,7 @@ from real import REAL
 
 from reidlit.data.world import World
 from reidlit.metrics.detection import box_iou
-from reidlit.tracking import (TRACKERS, Tracks, box_motion, find_peak,
+from reidlit.detection.trackers import (TRACKERS, Tracks, box_motion, find_peak,
                               follow_points, track_boxes, track_quality)
 
 OURS = 'flow', 'correlation'

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reidlit.core import ReidSet, rng_for
 from reidlit.learner import extract_features
 from reidlit.losses import batch_all_triplet, batch_hard_triplet, pairwise_distances
-from reidlit.triplet_mining import (EmbeddingNet, TenCrops, TripletLoss,
+from reidlit.crossdataset.triplet_mining import (EmbeddingNet, TenCrops, TripletLoss,
                                     first_k_triplet, hardest_triplets, ten_views,
                                     triplet_gaps)
 

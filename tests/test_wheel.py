@@ -67,7 +67,7 @@ def test_command():
 
 
 def test_shipped_weights_came_along():
-    from reidlit.detectors import WEIGHTS, base_detector, to_images
+    from reidlit.detection.detectors import WEIGHTS, base_detector, to_images
     from reidlit.video import reid_for
     assert list(WEIGHTS.glob('base-*.safetensors'))
     found = base_detector(device='cpu').predict(to_images(np.zeros((1, 96, 160, 3), np.uint8)))

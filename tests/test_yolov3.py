@@ -9,9 +9,9 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from reidlit.core import DataError
-from reidlit.detectors import Detections, detector_learner, make_detector, world_frames
+from reidlit.detection.detectors import Detections, detector_learner, make_detector, world_frames
 from reidlit.data.world import World
-from reidlit.yolov3 import (BOX_LOSSES, COCO_ANCHORS, STRIDES, TinyDarknet, YoloHead,
+from reidlit.detection.yolov3 import (BOX_LOSSES, COCO_ANCHORS, STRIDES, TinyDarknet, YoloHead,
                             YoloV3, darknet_tensors, decode, encode, frame_losses,
                             load_darknet, pad_frames, save_darknet, shape_iou,
                             tiny_yolov3, upright_anchors, yolov3)
