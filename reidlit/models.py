@@ -79,7 +79,7 @@ def backbone(
         raise ValueError(f'backbone {name!r}: expected one of {BACKBONES}')
     if last_stride not in (1, 2): raise ValueError(f'last_stride {last_stride}: 1 or 2')
     net,n = _BACKBONES[name]()
-    net.num_features = n
+    net.num_features,net.made = n,dict(body=name, last_stride=last_stride)
     return keep_last_stride(net) if last_stride==1 else net
 
 # %% ../nbs/10_models.ipynb #eb69819a
@@ -130,10 +130,17 @@ class ReidModel(nn.Module):
         if pool not in pools: raise ValueError(f"pool {pool!r}: 'gap' or 'gem'")
         self.body = backbone(body, last_stride) if isinstance(body, str) else body
         self.num_features,self.dtype = self.body.num_features,dtype
+        self._made = dict(pool=pool)
         d = self.num_features
         self.pool,self.neck = pools[pool](),BNNeck(d)
         self.classifier = nn.Linear(d, n_classes, bias=False) if n_classes else None
         if n_classes: nn.init.normal_(self.classifier.weight, std=.001)
+
+    @property
+    def recipe(self):
+        "What makes it anew without heads, or `None` if its backbone has no name."
+        made = getattr(self.body, 'made', None)
+        return made and dict(made, model='reidlit.models:ReidModel', **self._made)
 
     def forward(self, x):
         with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
@@ -232,12 +239,12 @@ def _from_hub(name):
 
 def load_backbone(
     name:str, # One of `BACKBONES`
-    weights=None, # `None`, `'pip'`, `'hub'` or a path
+    weights=None, # `None` or `'none'`, `'pip'`, `'hub'` or a path
     last_stride:int=1 # See `backbone`
 )->nn.Module: # The network, with `.num_features`
     "A backbone with its weights, `None` for a random start."
     net = backbone(name, last_stride)
-    if weights is None: return net
+    if weights in (None, 'none'): return net
     if weights=='hub':
         if name=='tiny': raise ValueError('tiny has no published weights')
         state = _from_hub(name)

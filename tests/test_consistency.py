@@ -13,7 +13,8 @@ from reidlit.core import seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
 from reidlit.detection.detectors import FrameDataset, ShuffleSampler, faster_rcnn, world_frames
-from reidlit.learner import fit_resumable, quiet
+from reidlit.learner import quiet
+from reidlit.runs import fit
 from reidlit.mcssl.pseudolabels import Pairs
 
 TWO = torch.tensor([[.4, .6], [.7, .3]]), torch.tensor([[.1, .9], [.5, .5]])
@@ -234,11 +235,11 @@ def test_the_same_seed_gives_the_same_weights(few):
 
 def test_resumed_to_the_bit(few, tmp_path):
     whole = small()
-    fit_resumable(learner(whole, few), 3, tmp_path/'whole', {})
+    fit(learner(whole, few), 3, tmp_path/'whole', {})
     with pytest.raises(KeyboardInterrupt):
-        fit_resumable(learner(small(), few), 3, tmp_path/'cut', {}, stop_after=1)
+        fit(learner(small(), few), 3, tmp_path/'cut', {}, stop_after=1)
     rest = small(5)
-    learn = fit_resumable(learner(rest, few), 3, tmp_path/'cut', {}, resume=True)
+    learn = fit(learner(rest, few), 3, tmp_path/'cut', {}, resume=True)
     assert equal(whole.state_dict(), rest.state_dict())
     assert len(learn.loss_history.history) == 3
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reidlit.core import ReidSet, rng_for
-from reidlit.crossdataset import (SETTINGS, Positives, PositivesSampler, batch_sampler,
+from reidlit.crossdataset import (BY_PRESET, Positives, PositivesSampler, batch_sampler,
                                   cooccurring_negatives, embedding_net,
                                   embedding_settings, finetune, flat_then_exp,
                                   presumed_positives, random_negatives)
@@ -163,7 +163,7 @@ def test_schedule_is_continuous_and_falls():
     with pytest.raises(ValueError, match='flat=1'): flat_then_exp(1e-3, 1e-6, 1)
 
 
-@pytest.mark.parametrize('key', list(SETTINGS))
+@pytest.mark.parametrize('key', list(BY_PRESET))
 def test_settings_are_complete(key):
     s = embedding_settings(*key)
     assert set(s) == set(embedding_settings('real', 'paper')) and s['lr'] > s['lr_end'] > 0

@@ -3,8 +3,8 @@ import json
 import os
 
 from reidlit.cli import main
-from reidlit.crossdataset.lab import CLAIMS, CORE_ARMS, crossdataset_section
-from reidlit.report import Page
+from reidlit.crossdataset.lab import CLAIMS, CORE_ARMS, PAPER
+from reidlit.report import Page, paper_section
 
 
 def test_core_from_command_to_page(tmp_path, monkeypatch):
@@ -14,11 +14,11 @@ def test_core_from_command_to_page(tmp_path, monkeypatch):
     stored = json.loads((tmp_path / 'crossdataset-world-ci.json').read_text())
     assert stored['seeds'] == [5]
     assert set(CORE_ARMS) < set(stored['variants'])
-    assert [c['claim'] for c in stored['claims']] == list(CLAIMS)
+    assert [c['claim'] for c in stored['claims']] == list(map(str, CLAIMS))
     assert all(c['ci95'] is None for c in stored['claims']), 'one seed has no interval'
     for values in stored['variants'].values():
         assert all(0 <= v[0] <= 1 for v in values.values())
     os.rename(tmp_path / 'crossdataset-world-ci.json', tmp_path / 'crossdataset-world-laptop.json')
     page = Page('test')
-    crossdataset_section(page, tmp_path)
+    paper_section(page, PAPER, tmp_path)
     assert sum('<figure>' in p for p in page.parts) == 3

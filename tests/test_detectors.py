@@ -19,7 +19,8 @@ from reidlit.detection.detectors import (BASE, MAKERS, TINY, WEIGHTS, Detections
                                detector_learner, detector_scores, faster_rcnn, frame_batch,
                                join_frames, load_detector, make_base, make_detector, own_targets,
                                public_frames, save_detector, to_images, world_frames)
-from reidlit.learner import fit_resumable, quiet
+from reidlit.learner import quiet
+from reidlit.runs import fit
 
 CPU = torch.device('cpu')
 
@@ -260,7 +261,7 @@ def test_resumed_training_is_the_same(few, tmp_path, opt):
         seed_all(1)
         d = faster_rcnn('smaller').train_only('backbone')
         learn = learner(d, few[:2], lr=1e-3, opt_func=opt)
-        try: fit_resumable(learn, 3, folder, dict(run=1), **kwargs)
+        try: fit(learn, 3, folder, dict(run=1), **kwargs)
         except KeyboardInterrupt: pass
         return d.state_dict(), learn.loss_history.history
     whole, history = run(tmp_path/'a')

@@ -14,14 +14,11 @@ from reidlit.core import ReidSet
 from reidlit.data.sets import market_rows
 from reidlit.data.world import World
 from reidlit.ics import VARIANTS, ics_settings
-from reidlit.ics.lab import (CLAIMS, EXPERIMENTS, PAIRS, REAL_CLAIMS, SHARES_OF_PAIRS, WANTED, few_pictures,
-                             ics_section, ics_world, label_statistics, pictures, real_core, table2)
+from reidlit.ics.lab import (CLAIMS, PAIRS, PAPER, SHARES_OF_PAIRS, WANTED, few_pictures, ics_world,
+                             label_statistics, pictures, real_core, table2)
 from reidlit.learner import quiet
-from reidlit.report import Page
-from reidlit.experiments import judge
-
-
-def nothing(line): "Say nothing."
+from reidlit.report import Page, paper_section
+from reidlit.experiments import Run, judge
 
 
 @pytest.fixture(scope='module')
@@ -47,10 +44,10 @@ def check_values(variants):
 
 def check_section(stored, folder):
     page = Page('test')
-    ics_section(page, folder) # nothing is stored: words only
+    paper_section(page, PAPER, folder) # nothing is stored: words only
     assert not any('<figure>' in p or '<table>' in p for p in page.parts)
     os.symlink(stored, folder/'ics-world-laptop.json')
-    ics_section(page, folder)
+    paper_section(page, PAPER, folder)
     text = str(page)
     assert text.count('<figure>') >= 2
     for words in (*VARIANTS, 'pairs: memory', 'M3 &gt; M2 in mAP', 'undecided', 'one seed'):
@@ -64,7 +61,7 @@ def test_core_from_command_to_page(tmp_path, monkeypatch):
     stored = tmp_path/'a'/'ics-world-ci.json'
     r = json.loads(stored.read_text())
     check_values(r['variants'])
-    assert [c['claim'] for c in r['claims']] == list(CLAIMS)
+    assert [c['claim'] for c in r['claims']] == list(map(str, CLAIMS))
     assert all(c['verdict'] == 'undecided' and c['ci95'] is None for c in r['claims']), 'one seed'
     for claim in CLAIMS: judge(claim, r['variants'])
     (tmp_path/'b').mkdir()
@@ -114,15 +111,17 @@ def test_real_core_on_any_set(world):
     train.junk[0] = train.distractor[1] = True
     train.pids[:2] = -1 # an error if they were used
     lines = []
-    out = real_core(SimpleNamespace(train=train, query=query, gallery=gallery), 1, 'ci', 'cpu',
-                    lines.append)
+    d = SimpleNamespace(train=train, query=query, gallery=gallery)
+    run = Run(1, 'ci', 'cpu', lines.append, 'real', lambda: d)
+    real_core(run)
+    out = run.values
     assert set(out) == {'first weights', *VARIANTS, *(f'pairs: {k}' for k in PAIRS), WANTED}
-    assert [l.split(':')[0] for l in lines] == ['first weights', *VARIANTS]
+    assert [l.split(': rank1')[0] for l in lines][:9] == ['first weights', *VARIANTS]
     for name, values in out.items():
         assert all(0 <= v <= 1 for v in values.values()), name
     one = {k: {m: [v] for m, v in values.items()} for k, values in out.items()}
-    for claim in REAL_CLAIMS: assert judge(claim, one)['verdict'] == 'undecided'
-    assert set(REAL_CLAIMS) == {c for c in CLAIMS if 'pictures' not in c}
+    for claim in PAPER.real.claims: assert judge(claim, one)['verdict'] == 'undecided'
+    assert PAPER.real.claims == CLAIMS
 
 
 @pytest.fixture
@@ -140,17 +139,18 @@ def asked(monkeypatch):
 
 def test_variants_share_one_m5(world, asked):
     s, names = ics_settings('drawn', 'ci', p=4), ('M1', 'M5', 'M8')
-    with quiet():
-        fits, out = table2(world.crops(), *world.query_gallery(), s, names, 'cpu', nothing)
-    assert list(fits) == list(out) == list(names) == [v for v, *_ in asked]
+    run = Run(device='cpu')
+    with quiet(): fits = table2(run, world.crops(), *world.query_gallery(), s, names)
+    assert list(fits) == list(run.values) == list(names) == [v for v, *_ in asked]
     assert [first for _, first, *_ in asked] == [None, None, fits['M5'].learn]
 
 
 def test_few_pictures_takes_as_many_steps(world, asked):
     "Batches have four pictures of each identity, also where it has but two."
     s, counts = ics_settings('drawn', 'laptop', p=8), (4, 4, 2, 2, 8, 8)
-    with quiet(): out = few_pictures(world, s, counts[::2], device='cpu', say=nothing)
-    assert list(out) == [f'{m}, {n} pictures' for n in (4, 2, 8) for m in ('M1', 'M3')]
+    run = Run(device='cpu')
+    with quiet(): few_pictures(run, world, s, counts[::2])
+    assert list(run.values) == [f'{m}, {n} pictures' for n in (4, 2, 8) for m in ('M1', 'M3')]
     assert [v for v, *_ in asked] == ['M1', 'M3']*3
     for n, (_, _, l, _) in zip(counts, asked): assert np.bincount(l.ids.labels).max() == n
     for when in (lambda t: t['epochs'][0], lambda t: t['milestones'][0][0]):
@@ -160,11 +160,13 @@ def test_few_pictures_takes_as_many_steps(world, asked):
 
 def test_gain_of_the_memory_with_fewer_pictures(monkeypatch):
     scores = {'M1': dict(rank1=.2, mAP=.1), 'M3': dict(rank1=.5, mAP=.3)}
-    monkeypatch.setattr('reidlit.ics.lab.few_pictures', lambda *_, **k: {
-        f'{m}, {n} pictures': v for n in (2, 8) for m, v in scores.items()})
-    out = pictures(0, 'ci')
+    monkeypatch.setattr('reidlit.ics.lab.few_pictures', lambda run, *_: run.add({
+        f'{m}, {n} pictures': v for n in (2, 8) for m, v in scores.items()}))
+    run = Run(0, 'ci')
+    pictures(run)
+    out = run.values
     assert out['M3 - M1, 2 pictures'] == pytest.approx(dict(rank1=.3, mAP=.2))
-    for claim in EXPERIMENTS['pictures'][1]: judge(claim, {k: {m: [x] for m, x in v.items()} for k, v in out.items()})
+    for claim in PAPER.experiments['pictures'].claims: judge(claim, {k: {m: [x] for m, x in v.items()} for k, v in out.items()})
 
 
 @pytest.mark.parametrize('preset, people', [('ci', 48), ('laptop', 300)])

@@ -1,6 +1,5 @@
 "The lab's experiments at preset ci, and what its stored results must hold."
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,16 @@ from real import REAL
 from reidlit.mcssl import lab
 from reidlit.core import DataError
 from reidlit.data.sets_multiview import pets2009
-from reidlit.experiments import read_result
+from reidlit.experiments import Run, read_result
 
 RESULTS = Path(__file__).resolve().parent.parent / 'results'
-QUIET = dict(say=lambda line: None)
 
 
 @pytest.fixture(scope='module')
-def some(): return lab.core(0, 'ci', arms=('ST', 'MCSSL'), **QUIET)
+def some():
+    run = Run(0, 'ci')
+    lab.core(run, arms=('ST', 'MCSSL'))
+    return run.values
 
 
 def test_core_scores_both_cameras_and_counts_the_funnel(some):
@@ -38,14 +39,15 @@ def test_gain_is_measured_from_the_base(some):
 def test_claims_name_variants_that_are_stored(some):
     r = read_result(RESULTS / 'mcssl-world-laptop.json')
     for claim in lab.CLAIMS:
-        a, b, metric = re.fullmatch(r'(.+) > (.+) in (\w+)', claim).groups()
-        assert metric in r['variants'][a] and metric in r['variants'][b]
-    assert {c['claim'] for c in r['claims']} == set(lab.CLAIMS)
+        for name in claim[:2]: assert claim.metric in r['variants'][name]
+    assert {c['claim'] for c in r['claims']} == set(map(str, lab.CLAIMS))
     assert len(r['seeds']) >= 3
 
 
 def test_premise_keeps_the_number_of_steps():
-    out = lab.premise(0, 'ci', **QUIET)
+    run = Run(0, 'ci')
+    lab.premise(run)
+    out = run.values
     names = {f'{p}, noise {x}' for p in ('backbone', 'detection') for x in lab.NOISE}
     assert names <= set(out) and all(math.isfinite(v) for r in out.values() for v in r.values())
 

@@ -167,13 +167,13 @@ def test_file_is_small_and_holds_no_code(tmp_path):
     b = save_reid(net, tmp_path/'b.safetensors', .5, dict(x=[1, 2]))
     assert a.read_bytes() == b.read_bytes()
     assert not any('classifier' in k for k in load_file(a))
-    with safe_open(a, 'pt') as f: json.loads(f.metadata()['reid'])
+    with safe_open(a, 'pt') as f: json.loads(f.metadata()['reidlit'])
     back, t, info = load_reid(a, 'cpu')
     x = torch.randn(2, 4, 3, 64, 32)
-    assert t == .5 and info == dict(x=[1, 2]) and not back.training
+    assert t == .5 and info == dict(x=[1, 2], threshold=dict(threshold=.5)) and not back.training
     assert torch.equal(back(x), net.eval()(x))
     save_file({'x': torch.zeros(2)}, tmp_path/'c.safetensors')
-    with pytest.raises(DataError, match='not a re-identification model'):
+    with pytest.raises(DataError, match='not a model'):
         load_reid(tmp_path/'c.safetensors')
 
 

@@ -35,7 +35,8 @@ def test_fixed_names():
 def test_training_lowers_the_loss_and_resumes(tmp_path):
     from reidlit.core import seed_all
     from reidlit.data.world import World
-    from reidlit.learner import ReidLoaders, fit_resumable, load_model, reid_learner
+    from reidlit.learner import ReidLoaders, reid_learner
+    from reidlit.runs import fit, load_model
     from reidlit.models import ReidModel
     train = World(people=40, cameras=3, seed=0).crops('train', per_camera=2)
 
@@ -46,10 +47,10 @@ def test_training_lowers_the_loss_and_resumes(tmp_path):
         learn.logger = lambda *_: None
         return learn
     with learner().no_bar() as learn:
-        try: fit_resumable(learn, 3, tmp_path, {'backbone': 'tiny', 'pool': 'gap'}, stop_after=2)
+        try: fit(learn, 3, tmp_path, {'backbone': 'tiny', 'pool': 'gap'}, stop_after=2)
         except KeyboardInterrupt: pass
     with learner().no_bar() as learn:
-        fit_resumable(learn, 3, tmp_path, {'backbone': 'tiny', 'pool': 'gap'}, resume=True)
+        fit(learn, 3, tmp_path, {'backbone': 'tiny', 'pool': 'gap'}, resume=True)
     history = learn.retrieval.history
     assert len(history) == 3 and history[2]['train_loss'] < history[0]['train_loss']
     model, _ = load_model(tmp_path, 'cpu')
