@@ -118,6 +118,7 @@ class ReidOutput(NamedTuple):
 
 class ReidModel(nn.Module):
     "Backbone, pooling, neck and classifier: crops to vectors."
+    kind = 'reidlit.models:ReidModel' # what a file of its weights is opened as
     def __init__(self,
         body:nn.Module|str='tiny', # A backbone, or its name
         n_classes:int=0, # Training identities; 0 for no classifier
@@ -140,7 +141,7 @@ class ReidModel(nn.Module):
     def recipe(self):
         "What makes it anew without heads, or `None` if its backbone has no name."
         made = getattr(self.body, 'made', None)
-        return made and dict(made, model='reidlit.models:ReidModel', **self._made)
+        return made and dict(made, model=self.kind, **self._made)
 
     def forward(self, x):
         with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Page', 'data_section', 'frames_section', 'scores_section', 'search_section', 'map_section', 'bars', 'plot_claims',
-           'what_was_tried', 'result_section']
+           'what_was_tried', 'result_section', 'paper_section']
 
 # %% ../nbs/17_report.ipynb #0c54c518
 import base64,html,io
@@ -15,7 +15,7 @@ from .core import ReidSet,write_atomic
 from .data.augment import Augment
 from .metrics.retrieval import pair_distances,pick_threshold
 from .models import occlusion_map
-from .experiments import read_result,result_rows
+from .experiments import Paper,read_result,result_rows
 from reidlit.viz import (IGNORED,PALETTE,RIGHT,WRONG,camera_color,embed_2d,
     overlay_heat,plot_cmc,plot_distances,plot_embedding,plot_training,show_boxes,
     show_crops)
@@ -269,3 +269,21 @@ def result_section(
              f"{r['hardware']['cores']} cores ({r['hardware']['cpu']}; GPU: "
              f"{r['hardware']['gpu']}), torch {r['versions']['torch']}, "
              f"commit {r['commit']}.")
+
+# %% ../nbs/17_report.ipynb #4d99d19c
+def paper_section(
+    page:Page, # Added to
+    paper:Paper, # Whose results
+    results # Folder of stored results
+):
+    "A paper's figures, claims and tables, as far as they are stored."
+    page.add('h2', paper.title)
+    page.add('p', paper.lead)
+    stored = Path(results)/f'{paper.name}-world-laptop.json'
+    if stored.exists():
+        r = read_result(stored)
+        for draw,caption in paper.figures: page.figure(draw(r), caption)
+        page.figure(plot_claims(r['claims']), 'What the paper claims, and what '
+                    'the seeds say: green holds, red is reversed, grey is open.')
+    for f in sorted(Path(results).glob(f'{paper.name}-*.json')):
+        result_section(page, f)

@@ -136,16 +136,15 @@ class StopAfter(Callback):
 
 def check_folder(
     folder, # Of a run; `None`: nothing is kept
-    resume:bool=False, # May the run go on?
-    stages=() # Names of the folders of its stages
-)->bool: # Was it begun?
-    "Whether a folder holds a run; `DataError` if it does and may not go on."
+    resume:bool=False # May the run go on?
+)->bool: # Has the folder itself a checkpoint?
+    "Whether to go on; `DataError` if a run is there, or a stage, and may not."
     if folder is None: return False
-    begun = [h for h in (Path(folder)/s for s in ('', *stages))
-             if (h/'checkpoint.json').exists()]
-    if begun and not resume: raise DataError(begun[0], 'holds a checkpoint',
+    own = Path(folder)/'checkpoint.json'
+    begun = [f for f in (own, *own.parent.glob('*/'+own.name)) if f.exists()]
+    if begun and not resume: raise DataError(begun[0].parent, 'holds a checkpoint',
         'resume=True (--resume) to go on, or another folder')
-    return bool(begun)
+    return own in begun
 
 # %% ../nbs/12a_runs.ipynb #99f916b1
 def fit(
@@ -205,7 +204,8 @@ def save_model(
 # %% ../nbs/12a_runs.ipynb #56f547ab
 _OLD = dict( # how files were marked before 0.2
     reid=lambda a: (dict(a['model'], model='reidlit.video:VideoReid'),
-                    dict(a['info'], threshold=a['threshold'])),
+        a['info'] | dict(threshold=dict(a['info'].get('threshold', {}),
+                                        threshold=a['threshold']))),
     detector=lambda a: (dict(a['made'],
         model='reidlit.detection.detectors:make_detector'), a['info']))
 

@@ -28,6 +28,14 @@ class EmbeddingNet(nn.Module):
         self.body = backbone(body, last_stride) if isinstance(body, str) else body
         self.pool,self.dtype,self.num_features = GAP(),dtype,out
         self.head = embedding_head(self.body.num_features, hidden, out, dropout)
+        self._made = dict(hidden=hidden, out=out)
+
+    @property
+    def recipe(self):
+        "What makes it anew, or `None` if its backbone has no name."
+        made = getattr(self.body, 'made', None)
+        return made and dict(made, **self._made,
+            model='reidlit.crossdataset.triplet_mining:EmbeddingNet')
 
     def forward(self, x):
         device = x.device.type

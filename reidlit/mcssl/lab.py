@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'GAP', 'TRUE', 'MCSSL_ARMS', 'ARMS', 'GOLD', 'SECTION', 'CLAIMS', 'GOLD_CLAIMS', 'THRESHOLDS', 'NOISE',
-           'VOLUMES', 'REAL_CLAIMS', 'REAL_READERS', 'EXPERIMENTS', 'lab_frames', 'share_of_view', 'one_camera', 'core',
-           'all_cameras', 'sweeps', 'noisy_labels', 'premise', 'foot_matches', 'real_core', 'show_views',
-           'mcssl_section']
+           'VOLUMES', 'PAPER', 'lab_frames', 'share_of_view', 'pairs_of', 'one_camera', 'core', 'all_cameras', 'sweeps',
+           'noisy_labels', 'premise', 'foot_matches', 'real_core', 'show_views']
 
 # %% ../../nbs/64_mcssl.lab.ipynb #1d1c809d
 import copy
 from functools import partial
-from pathlib import Path
 import matplotlib.pyplot as plt,numpy as np
 from fastai.optimizer import Adam
-from ..core import logger,pick,rng_for
+from ..core import pick,rng_for
 from ..data.sets import FrameSet
 from ..data.sets_multiview import MultiviewDetections,pets2009
 from ..data.world import World
@@ -26,9 +24,9 @@ from ..geometry import epipolar_distance
 from ..learner import quiet
 from . import (Gathered,baseline,customise,gather,
     mcssl_settings)
-from .pseudolabels import funnel,true_associations
-from ..report import Page,bars,plot_claims,result_section
-from ..experiments import read_result
+from .pseudolabels import associate_boxes,funnel,true_associations
+from ..experiments import Claim,Experiment,Paper,Run
+from ..report import bars
 from ..video import reid_for
 from ..viz import camera_color,show_boxes
 
@@ -70,18 +68,15 @@ def share_of_view(
     return np.array([shared[rows[2]==k].mean() for k in range(rows[2].max()+1)])
 
 # %% ../../nbs/64_mcssl.lab.ipynb #ec970819
-def _begin(seed, preset, kind='people', network='faster_rcnn', device=None):
+def _begin(run, kind='people', network='faster_rcnn'):
     "Settings, frames, base detector, re-identification, and what was gathered."
-    s,frames = mcssl_settings(preset, seed=seed),lab_frames(seed, kind, preset)
-    det,reid = base_detector(kind, network, device),reid_for(kind, device)
+    s = mcssl_settings(run.preset, seed=run.seed)
+    frames = lab_frames(run.seed, kind, run.preset)
+    det,reid = base_detector(kind, network, run.device),reid_for(kind, run.device)
     cams = range(len(frames['train'].cameras))
     with quiet(): g = gather(det, frames['train'], cams, frames['keys'], reid,
                              s['least'], s['steps'], s['tracker'])
     return s,frames,det,reid,g
-
-def _line(name, scores):
-    "A variant's numbers, to be said."
-    return f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in scores.items())
 
 def _mean(each, mean=np.mean):
     "Means of dicts with the same keys."
@@ -94,7 +89,24 @@ MCSSL_ARMS = {'MCSSL':'uncertain', 'MCSSL-C':'confident', 'MCSSL-CU':'all',
 ARMS = ('ST', 'ST-GLC', 'ST-CL', 'mean teacher', 'supervised', *MCSSL_ARMS)
 GOLD = {'MCSSL, gold beside':'uncertain', f'{TRUE}, gold beside':'uncertain'}
 
+def pairs_of(
+    arm:str, # Of `MCSSL_ARMS` or `GOLD`
+    camera:int, # To customise a detector for
+    frames:dict, # From `lab_frames`
+    gathered:Gathered, # From `gather`, of all cameras
+    reid, # Model, threshold, notes
+    settings:dict # From `mcssl_settings`
+)->list: # An association with each other camera
+    "Which boxes an arm joins: found ones, or the true ones."
+    s,others = settings,[c for c in gathered.found if c!=camera]
+    if arm.startswith(TRUE): return true_associations(
+        gathered.seen, frames['train'], camera, others, s['fudge'])
+    return associate_boxes(gathered.seen, gathered.features, camera, others,
+        frames['train'].cameras, reid[1], s['fudge'], (MCSSL_ARMS | GOLD)[arm],
+        s['confident'], s['mutual'])
+
 def one_camera(
+    run:Run, # Keeps each arm of this camera
     camera:int, # To customise a detector for
     frames:dict, # From `lab_frames`
     gathered:Gathered, # From `gather`, of all cameras
@@ -102,69 +114,60 @@ def one_camera(
     reid, # Model, threshold, notes
     settings:dict, # From `mcssl_settings`
     arms=ARMS, # Which
-    device=None, # `None` chooses
-    say=logger.info, # Takes a line after each arm
     part='test' # Which frames are scored
-)->tuple: # `{arm: scores}`, with 'ARM, backbone' between the phases; associations
+)->dict: # `{arm: scores}`, with 'ARM, backbone' between the phases
     "Every arm for one camera, scored on its later frames."
     test = frames[part][frames[part].camids==camera]
     others = [c for c in gathered.found if c!=camera]
-    out,found = dict(base=detector_scores(base, test)),{}
-    def note(name, scores):
-        out[name] = scores
-        say(_line(f'camera {camera}, {name}', scores))
-    note('base', out['base'])
-    for arm in arms:
+    def trained(arm):
+        out = {}
         def between(phase, epoch, detector):
             if phase=='backbone' and epoch==settings['epochs'][0]:
-                note(f'{arm}, backbone', detector_scores(detector, test))
+                out[f'{arm}, backbone'] = detector_scores(detector, test)
         if arm in MCSSL_ARMS | GOLD:
-            known = true_associations(gathered.seen, frames['train'], camera, others,
-                settings['fudge']) if arm.startswith(TRUE) else None
             s = settings | dict(beta=float(arm in GOLD))
             r = customise(camera, others, base, frames['train'], frames['keys'], s,
-                (MCSSL_ARMS | GOLD)[arm], gathered, known, reid, device=device,
-                watch=between)
-            found[arm] = r.association
+                (MCSSL_ARMS | GOLD)[arm], gathered, pairs_of(arm, camera, frames,
+                gathered, reid, s), reid, device=run.device, watch=between)
             # without pairs there is no phase to watch
-            out.setdefault(f'{arm}, backbone', out['base'])
+            out.setdefault(f'{arm}, backbone', scores['base'])
         else: r = baseline(arm, camera, base, frames['train'], gathered, settings,
-                           device=device)
-        note(arm, detector_scores(r.detector, test))
-    return out,found
+                           device=run.device)
+        out[arm] = detector_scores(r.detector, test)
+        run.say(f'camera {camera}, {arm}: '+', '.join(
+            f'{k} {v:.3f}' for k,v in out[arm].items()))
+        return out
+    scores = dict(base=run.part(f'camera {camera}, base',
+                                lambda: detector_scores(base, test)))
+    for arm in arms:
+        scores |= run.part(f'camera {camera}, {arm}', lambda: trained(arm))
+    return scores
 
 # %% ../../nbs/64_mcssl.lab.ipynb #0a109883
 def core(
-    seed:int, # Of world and training
-    preset:str|None=None, # `None`: the active one
-    device=None, # `None` chooses
-    say=logger.info, # Takes a line after each arm
+    run:Run, # Filled with all arms, gains and the funnel
     kind:str='people', # Or `'vehicles'`
     network:str='faster_rcnn', # Or `'yolov3'`
     arms=ARMS # Which
-)->dict: # `{variant: {metric: value}}`
+):
     "All arms, for the cameras with the most and the least shared view."
-    s,frames,base,reid,g = _begin(seed, preset, kind, network, device)
+    s,frames,base,reid,g = _begin(run, kind, network)
     share = share_of_view(frames['train'])
-    with quiet():
-        two = dict(most=int(share.argmax()), least=int(share.argmin()))
-        runs = {k:one_camera(c, frames, g, base, reid, s, arms, device, say)
-                for k,c in two.items()}
-    out = {}
-    for name in runs['most'][0]:
-        each = {k:r[0][name] for k,r in runs.items()}
-        out[name] = _mean([*each.values()])
-        out[name] |= {f'AP80_{k}':e['AP80'] for k,e in each.items()}
-    for k,c in two.items():
-        if 'MCSSL' in arms:
-            new,old = (runs[k][0][a] for a in ('MCSSL', 'base'))
-            out[f'gain, {k} shared'] = dict(share=float(share[c])) | {
-                m:new[m]-old[m] for m in ('AP', 'AP50', 'AP80')}
-            for row in funnel(runs[k][1]['MCSSL'], g.seen, frames['train'], c):
-                out[f"pairs, {k} shared: {row['step']}"] = {
-                    m:float(row[m]) for m in ('pairs', 'true', 'precision', 'recall')
-                    if np.isfinite(row[m])}
-    return out
+    two = dict(most=int(share.argmax()), least=int(share.argmin()))
+    with quiet(): each = {k:one_camera(run, c, frames, g, base, reid, s, arms)
+                          for k,c in two.items()}
+    for name in each['most']:
+        run.add({name:_mean([r[name] for r in each.values()]) | {
+            f'AP80_{k}':r[name]['AP80'] for k,r in each.items()}})
+    for k,c in two.items() if 'MCSSL' in arms else ():
+        new,old = each[k]['MCSSL'],each[k]['base']
+        run.add({f'gain, {k} shared':dict(share=share[c]) | {
+            m:new[m]-old[m] for m in ('AP', 'AP50', 'AP80')}})
+        found = pairs_of('MCSSL', c, frames, g, reid, s)
+        for row in funnel(found, g.seen, frames['train'], c):
+            run.add({f"pairs, {k} shared: {row['step']}":{
+                m:row[m] for m in ('pairs', 'true', 'precision', 'recall')
+                if np.isfinite(row[m])}})
 
 # %% ../../nbs/64_mcssl.lab.ipynb #3460c5bd
 SECTION = {'base':['base', 'ST', 'ST-GLC', 'ST-CL', 'mean teacher', 'supervised'],
@@ -172,69 +175,65 @@ SECTION = {'base':['base', 'ST', 'ST-GLC', 'ST-CL', 'mean teacher', 'supervised'
 
 _TRIED = ('Tried: gold boxes beside the consistency loss, true pairs; on world 100 '
     'thresholds of .7 to 1.1, learning rates of 1e-5 to 1e-2, Adam and SGD')
-CLAIMS = {f'{c} in AP80':_TRIED for c in ( # what was tried, if one does not hold
-    'ST > base', 'MCSSL > ST', 'MCSSL > ST-GLC', 'MCSSL > ST-CL',
-    'MCSSL-CU, backbone > MCSSL, backbone', 'MCSSL, backbone > MCSSL-C, backbone',
-    'MCSSL > MCSSL-C', 'MCSSL > MCSSL-CU', 'supervised > MCSSL',
-    'gain, most shared > gain, least shared')} | {
-    'MCSSL > ST in AP50':'', 'MCSSL, backbone > base in AP50':'',
-    'MCSSL, true pairs, backbone > base in AP50':'',
-    'MCSSL, true pairs > MCSSL in AP80':'', 'mean teacher > ST in AP80':''}
+_PAIRS = ('ST', 'base'), ('MCSSL', 'ST'), ('MCSSL', 'ST-GLC'), ('MCSSL', 'ST-CL'), (
+    'MCSSL-CU, backbone', 'MCSSL, backbone'), ('MCSSL, backbone', 'MCSSL-C, backbone'), (
+    'MCSSL', 'MCSSL-C'), ('MCSSL', 'MCSSL-CU'), ('supervised', 'MCSSL'), (
+    'gain, most shared', 'gain, least shared')
+CLAIMS = ( # what was tried, if one does not hold
+    *(Claim(*p, 'AP80', tried=_TRIED) for p in _PAIRS),
+    Claim('MCSSL', 'ST', 'AP50'), Claim('MCSSL, backbone', 'base', 'AP50'),
+    Claim(f'{TRUE}, backbone', 'base', 'AP50'), Claim(TRUE, 'MCSSL', 'AP80'),
+    Claim('mean teacher', 'ST', 'AP80'))
 
-GOLD_CLAIMS = {f'{a}, backbone > base in {m}':''
-               for a in GOLD for m in ('AP50', 'AP80')} | {
-    f'{a} > base in AP80':'' for a in GOLD}
+GOLD_CLAIMS = (*(Claim(f'{a}, backbone', 'base', m)
+                 for a in GOLD for m in ('AP50', 'AP80')),
+               *(Claim(a, 'base', 'AP80') for a in GOLD))
 
 # %% ../../nbs/64_mcssl.lab.ipynb #9d72a910
 def all_cameras(
-    seed:int, # Of world and training
-    preset:str|None=None, # `None`: the active one
-    device=None, # `None` chooses
-    say=logger.info, # Takes a line after each arm
+    run:Run, # Filled with 'ARM, camera c', and the means of each arm
     kind:str='people', # Or `'vehicles'`
     network:str='faster_rcnn', # Or `'yolov3'`
     arms=('ST', 'MCSSL')
-)->dict: # `{'ARM, camera c': scores}`, and means as `{ARM: scores}`
+):
     "Figures 3 and 4: every camera; and what share of its people others see."
-    s,frames,base,reid,g = _begin(seed, preset, kind, network, device)
-    share,out = share_of_view(frames['train']),{}
-    with quiet():
-        for c in range(len(share)):
-            scores,_ = one_camera(c, frames, g, base, reid, s, arms, device, say)
-            out |= {f'{a}, camera {c}':scores[a]|dict(share=share[c])
-                    for a in ('base', *arms)}
-    for a in ('base', *arms):
-        out[a] = _mean([out[f'{a}, camera {c}'] for c in range(len(share))])
-    return out
+    s,frames,base,reid,g = _begin(run, kind, network)
+    share = share_of_view(frames['train'])
+    with quiet(): each = [one_camera(run, c, frames, g, base, reid, s, arms)
+                          for c in range(len(share))]
+    each = [{a:r[a] | dict(share=share[c]) for a in ('base', *arms)}
+            for c,r in enumerate(each)]
+    run.add({f'{a}, camera {c}':v for c,r in enumerate(each) for a,v in r.items()})
+    run.add({a:_mean([r[a] for r in each]) for a in ('base', *arms)})
 
 # %% ../../nbs/64_mcssl.lab.ipynb #3e7fd7d3
 THRESHOLDS = (.5, .6, .7, .8, .9, .95)
 
 def sweeps(
-    seed:int, # Of world and training
-    preset:str|None=None, # `None`: the active one
-    device=None, # `None` chooses
-    say=logger.info # Takes a line after each arm
-)->dict: # `{variant: {metric: value}}`
+    run:Run # Filled with 'ARM, epoch e', the arms, and 'T_cls t'
+):
     "Figure 5 (scores over the epochs) and Figure 6 (T_cls), on one camera."
-    s,frames,base,reid,g = _begin(seed, preset, device=device)
-    share = share_of_view(frames['train'])
-    c,out = int(share.argmax()),{}
+    s,frames,base,reid,g = _begin(run)
+    c = int(share_of_view(frames['train']).argmax())
     test = frames['test'][frames['test'].camids==c]
-    def run(name, settings, which, watch=None):
+    def trained(name, settings, which, watch=None):
         r = customise(c, g.found, base, frames['train'], frames['keys'], settings,
-                      which, g, None, reid, device=device, watch=watch)
-        out[name] = detector_scores(r.detector, test)
-        say(_line(name, out[name]))
-    out['base'] = detector_scores(base, test)
+                      which, g, None, reid, device=run.device, watch=watch)
+        return {name:detector_scores(r.detector, test)}
+    def over_epochs(name):
+        out = {}
+        def watch(phase, epoch, detector):
+            done = epoch+(phase!='backbone')*s['epochs'][0]
+            out[f'{name}, epoch {done}'] = detector_scores(detector, test)
+        return out | trained(name, s, MCSSL_ARMS[name], watch)
+    run.arm('base', lambda: detector_scores(base, test))
     with quiet():
         for name in ('MCSSL', 'MCSSL-C', 'MCSSL-CU'):
-            def watch(phase, epoch, detector):
-                done = epoch+(phase!='backbone')*s['epochs'][0]
-                out[f'{name}, epoch {done}'] = detector_scores(detector, test)
-            run(name, s, MCSSL_ARMS[name], watch)
-        for t in THRESHOLDS: run(f'T_cls {t}', s | dict(confident=t), 'uncertain')
-    return out
+            run.add(run.part(name, lambda: over_epochs(name)))
+        for t in THRESHOLDS:
+            name = f'T_cls {t}'
+            run.arm(name, lambda: trained(name, s | dict(confident=t),
+                                          'uncertain')[name])
 
 # %% ../../nbs/64_mcssl.lab.ipynb #5bdcd3c8
 NOISE,VOLUMES = (0., .2, .4, .6),(1., .25, .0625)
@@ -262,43 +261,38 @@ def noisy_labels(
 
 # %% ../../nbs/64_mcssl.lab.ipynb #665f4073
 def premise(
-    seed:int, # Of world and training
-    preset:str|None=None, # `None`: the active one
-    device=None, # `None` chooses
-    say=logger.info # Takes a line after each arm
-)->dict: # `{variant: {metric: value}}`, with losses and gains
+    run:Run # Filled with scores, and what noise and few frames cost
+):
     "Table 1: one part retrained, with spoilt labels and with fewer frames."
-    s,frames = mcssl_settings(preset, seed=seed),lab_frames(seed, 'people', preset, [2])
-    base,out = base_detector('people', device=device),{}
+    s = mcssl_settings(run.preset, seed=run.seed)
+    frames = lab_frames(run.seed, 'people', run.preset, [2])
+    base = base_detector('people', device=run.device)
     own = frames['train'][[frames['train'].find(2, t) for t in frames['keys']]]
-    test = frames['test']
     true,size = own_targets(own),own.read(0).shape[1::-1]
     epochs,n = sum(s['epochs']),len(own)
-    def run(name, part, rows, targets):
+    def trained(part, rows, targets):
         d = copy.deepcopy(base); d.fixed_stats = True
         d.train_only(*(['backbone'] if part=='backbone' else d.parts[1:]))
         learn = detector_learner(d, own[rows], [targets[i] for i in rows], bs=s['bs'],
-            lr=s['lr'], wd=s['wd'], opt_func=Adam, seed=seed, device=device)
+            lr=s['lr'], wd=s['wd'], opt_func=Adam, seed=run.seed, device=run.device)
         more = round(epochs*n/len(rows)) if len(rows)>=s['bs'] else epochs*n//s['bs']
         learn.fit_one_cycle(more, s['lr'], pct_start=.2)
-        out[name] = detector_scores(d, test)
-        say(_line(name, out[name]))
-    out['base'] = detector_scores(base, test)
+        return detector_scores(d, frames['test'])
+    run.arm('base', lambda: detector_scores(base, frames['test']))
     with quiet():
         for part in ('backbone', 'detection'):
             for x in NOISE:
-                spoilt = noisy_labels(true, x, size, seed)
-                run(f'{part}, noise {x}', part, np.arange(n), spoilt)
+                spoilt = noisy_labels(true, x, size, run.seed)
+                run.arm(f'{part}, noise {x}', lambda: trained(part, np.arange(n), spoilt))
             for v in VOLUMES[1:]:
                 rows = np.linspace(0, n-1, max(2, round(v*n))).round().astype(int)
-                run(f'{part}, {v} of the frames', part, rows, true)
+                run.arm(f'{part}, {v} of the frames', lambda: trained(part, rows, true))
     for p in ('backbone', 'detection'):
-        best = out[f'{p}, noise 0.0']
+        best = run.values[f'{p}, noise 0.0']
         for word,last in (('noise', f'noise {NOISE[-1]}'),
                           ('few frames', f'{VOLUMES[-1]} of the frames')):
-            out[f'kept with {word}, {p}'] = {
-                m:out[f'{p}, {last}'][m]-v for m,v in best.items()}
-    return out
+            run.add({f'kept with {word}, {p}':{
+                m:run.values[f'{p}, {last}'][m]-v for m,v in best.items()}})
 
 # %% ../../nbs/64_mcssl.lab.ipynb #c5855bee
 def foot_matches(
@@ -334,27 +328,18 @@ def foot_matches(
 
 # %% ../../nbs/64_mcssl.lab.ipynb #b04684dc
 def real_core(
-    d:MultiviewDetections, # From `pets2009`
-    seed:int=0, # Chooses how clocks are shuffled
-    preset:str|None=None, # Not used: the data is small
-    device=None, # Not used
-    say=logger.info # Takes a line for each pair of views
-)->dict: # `{'VIEW to VIEW': numbers}`, their means in step and out of step
+    run:Run # With `data`, such as from `pets2009`; its seed shuffles the clocks
+):
     "Seven calibrated real views: what epipolar geometry is worth there."
-    flat,out = d.undistorted(),{}
+    d = run.data()
+    flat = d.undistorted()
     for j in range(1, len(d.names)):
-        off = 200+int(rng_for(seed, j).integers(200))
+        off = 200+int(rng_for(run.seed, j).integers(200))
         for word,shift in (('in step', 0), ('shuffled', off)):
-            name = f'{d.names[j]} to {d.names[0]}, {word}'
-            out[name] = foot_matches(flat, (0, j), shift)
-            say(_line(name, out[name]))
-    for word in ('in step', 'shuffled'):
-        each = [v for k,v in out.items() if k.endswith(word)]
-        out[word] = _mean(each, np.nanmean)
-    return out
-
-REAL_CLAIMS = {'in step > shuffled in right':'', 'in step > shuffled in truth':''}
-REAL_READERS = dict(pets2009=pets2009)
+            run.arm(f'{d.names[j]} to {d.names[0]}, {word}',
+                    lambda: foot_matches(flat, (0, j), shift))
+    for word in ('in step', 'shuffled'): run.add({word:_mean(
+        [v for k,v in run.values.items() if k.endswith(f', {word}')], np.nanmean)})
 
 # %% ../../nbs/64_mcssl.lab.ipynb #0130db9e
 def show_views(
@@ -378,32 +363,24 @@ def show_views(
     return fig
 
 # %% ../../nbs/64_mcssl.lab.ipynb #fdb478cc
-EXPERIMENTS = dict( # what `reidlit reproduce` runs on the world: function, claims
-    core=(core, CLAIMS), gold=(partial(core, arms=tuple(GOLD)), GOLD_CLAIMS),
-    cameras=(all_cameras, {'MCSSL > ST in AP80':''}),
-    yolo=(partial(all_cameras, network='yolov3'), {'MCSSL > ST in AP80':''}),
-    vehicles=(partial(all_cameras, kind='vehicles'), {'MCSSL > ST in AP80':''}),
-    sweeps=(sweeps, {f'T_cls 0.8 > T_cls {t} in AP80':'' for t in (.5, .95)}),
-    premise=(premise, {
-        'kept with noise, backbone > kept with noise, detection in AP':'',
-        'kept with few frames, detection > kept with few frames, backbone in AP':''}))
-
-# %% ../../nbs/64_mcssl.lab.ipynb #f2dd30bb
-def mcssl_section(
-    page:Page, # Added to
-    results # Folder of stored results
-):
-    "The paper's arms, funnel and claims, as far as they are stored."
-    page.add('h2', 'A detector of its own for each camera')
-    page.add('p', 'Lu and Shu: cameras that share a view teach each other '
-        'without labels. AP80 is the mean of AP at IoU .8 to .95, as in the paper.')
-    stored = Path(results)/'mcssl-world-laptop.json'
-    if stored.exists():
-        r = read_result(stored)
-        for metric in ('AP50', 'AP80'):
-            page.figure(bars(r, {k:[k] for v in SECTION.values() for k in v}, metric),
-                f'{metric} of the cameras with the most and the least shared '
-                'view, mean over worlds; dots are seeds.')
-        page.figure(plot_claims(r['claims']), 'What the paper claims, and what '
-                    'the seeds say: green holds, red is reversed, grey is open.')
-    for f in sorted(Path(results).glob('mcssl-*.json')): result_section(page, f)
+_GAINS = (Claim('MCSSL', 'ST', 'AP80'),)
+PAPER = Paper('mcssl', 'A detector of its own for each camera',
+    'Lu and Shu: cameras that share a view teach each other '
+    'without labels. AP80 is the mean of AP at IoU .8 to .95, as in the paper.',
+    dict(core=Experiment(core, CLAIMS),
+        gold=Experiment(partial(core, arms=tuple(GOLD)), GOLD_CLAIMS),
+        cameras=Experiment(all_cameras, _GAINS),
+        yolo=Experiment(partial(all_cameras, network='yolov3'), _GAINS),
+        vehicles=Experiment(partial(all_cameras, kind='vehicles'), _GAINS),
+        sweeps=Experiment(sweeps, tuple(
+            Claim('T_cls 0.8', f'T_cls {t}', 'AP80') for t in (.5, .95))),
+        premise=Experiment(premise, (
+            Claim('kept with noise, backbone', 'kept with noise, detection', 'AP'),
+            Claim('kept with few frames, detection', 'kept with few frames, backbone',
+                  'AP')))),
+    real=Experiment(real_core, (Claim('in step', 'shuffled', 'right'),
+                                Claim('in step', 'shuffled', 'truth'))),
+    figures=tuple((partial(bars, groups={k:[k] for v in SECTION.values() for k in v},
+        metric=m), f'{m} of the cameras with the most and the least shared '
+        'view, mean over worlds; dots are seeds.') for m in ('AP50', 'AP80')),
+    readers=dict(pets2009=pets2009))
