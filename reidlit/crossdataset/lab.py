@@ -11,7 +11,7 @@ __all__ = ['SOURCES', 'TARGET', 'CORE_ARMS', 'ALPHAS', 'MANY', 'CLAIMS', 'TABLE1
 from dataclasses import replace
 from pathlib import Path
 import numpy as np,torch
-from ..cameras import guess_source
+from ..camera_bias import guess_source
 from ..core import ReidSet,active_preset,default_device,logger,seed_all
 from . import (embedding_learner,embedding_net,
     embedding_settings,finetune,fit_embedding,presumed_positives,tracklet_scores)

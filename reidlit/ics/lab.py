@@ -11,7 +11,7 @@ __all__ = ['WORLD', 'PAIRS', 'SHARES_OF_PAIRS', 'WANTED', 'CLAIMS', 'SECTION', '
 from pathlib import Path
 import matplotlib.pyplot as plt,numpy as np
 from .association import associate
-from ..cameras import accumulate_ids
+from ..camera_labels import accumulate_ids
 from ..core import ReidSet,active_preset,logger
 from ..data.world import World
 from . import (VARIANTS,fit_ics,ics_learner,ics_settings,
