@@ -1,10 +1,14 @@
 "A notebook imports only notebooks before it in the order of reading."
 import ast
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from reidlit._moved import MODULES
 
 NBS = Path(__file__).resolve().parent.parent / 'nbs'
 FILES = sorted(f for f in NBS.glob('[0-9]*.ipynb'))
@@ -97,3 +101,26 @@ def test_a_reader_can_take_it_in_one_sitting(path):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     n = sum(bool(''.join(c['source']).strip()) for c in cells)
     assert n <= 90, f'{path.name}: {n} cells, at most 90; split it where a reader pauses'
+
+
+@pytest.mark.parametrize('old', MODULES)
+def test_an_old_module_works_with_a_warning(old):
+    sys.modules.pop(f'reidlit.{old}', None)
+    new = [importlib.import_module(f'reidlit.{m}') for m in MODULES[old]]
+    with pytest.warns(DeprecationWarning, match=f'reidlit.{old} is now {new[0].__name__}'):
+        module = importlib.import_module(f'reidlit.{old}')
+    for m in new:
+        for name in getattr(m, '__all__', ()): assert getattr(module, name) is getattr(m, name)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('metrics.retrieval.Threshold', 'metrics.thresholds.Threshold'),
+    ('metrics.retrieval.pick_threshold', 'metrics.thresholds.pick_threshold'),
+    ('metrics.retrieval.pair_distances', 'metrics.thresholds.pair_distances'),
+    ('mcssl.pseudolabels.Association', 'mcssl.pseudolabels.BoxAssociation')])
+def test_an_old_name_works_with_a_warning(old, new):
+    find = lambda path: getattr(importlib.import_module('reidlit.'+path.rpartition('.')[0]),
+                                path.rpartition('.')[2])
+    with pytest.warns(DeprecationWarning, match=f'reidlit.{old} is now reidlit.{new}'): found = find(old)
+    assert found is find(new)
+    with pytest.raises(AttributeError, match='no attribute'): find(old+'_')
