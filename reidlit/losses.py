@@ -48,7 +48,7 @@ def triplet_masks(
 def batch_distances(
     feats:torch.Tensor # Features `(N,D)`
 )->torch.Tensor: # `(N,N)`
-    "`pairwise_distances` of a batch; `ValueError` names a row that is not finite."
+    "Distances of a batch; `ValueError` names a row that is not finite."
     d = pairwise_distances(feats)
     if d.isfinite().all(): return d
     as_features(feats, 'feats') # names the row, if it is a row
@@ -58,7 +58,7 @@ def margin_loss(
     gap:torch.Tensor, # Distance to the positive minus that to the negative
     margin:float|str # Wanted lead of the positive, or `'soft'`
 )->torch.Tensor: # The same shape
-    "Hinge with a margin, or softplus for `'soft'`; `ValueError` for another word."
+    "Hinge with a margin, or softplus; `ValueError` for another word."
     if margin=='soft': return F.softplus(gap)
     if isinstance(margin, str):
         raise ValueError(f"margin={margin!r}: expected a number or 'soft'")

@@ -77,7 +77,7 @@ def scoring_labels(
     g_junk=None, # Pictures removed from all lists `(G,)` bool
     g_distractor=None, # Pictures that match nobody `(G,)` bool
     own=None # Each query's row in the gallery `(Q,)`, -1 for none; `True`: same
-)->tuple: # Pids, cameras, own row `(Q,)`; pids, cameras `(G,)`, junk rows; asked
+)->tuple: # Pids, cameras, own rows; pids, cameras, junk rows; asked `(Q,)`
     "Checked labels, pids from 2; 1 matches nobody, 0 is not asked."
     Q,G = len(q_pids),len(g_pids)
     pid = np.r_[as_labels(q_pids, 'q_pids', Q), as_labels(g_pids, 'g_pids', G)]
@@ -319,8 +319,8 @@ def mars_scores(
         else np.setdiff1d(np.arange(n), query)
     s = reid_scores(features[query], features[gallery], pids[query],
         pids[gallery], camids[query], camids[gallery], skip_empty=skip_empty,
-        g_junk=as_labels(junk, 'junk', n, bool)[gallery],
-        g_distractor=as_labels(distractor, 'distractor', n, bool)[gallery], **kwargs)
+        g_junk=as_labels(junk, 'junk', n, bool)[gallery], **kwargs,
+        g_distractor=as_labels(distractor, 'distractor', n, bool)[gallery])
     there = 'in' if gallery_includes_query else 'taken out of'
     s.rules.insert(1, f'queries {there} the gallery')
     return s
