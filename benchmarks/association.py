@@ -19,7 +19,7 @@ import time
 import numpy as np
 import torch
 
-from reidlit.ics.association import _blocks, associate
+from reidlit.ics.association import associate, camera_blocks
 
 CAMERAS, SEEN_BY = 15, 5
 
@@ -45,7 +45,7 @@ def peak_mb(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 def bare(x, cams, most=75, chunk=2048):
     "Processor time of the products alone; of `most` blocks and scaled, if there are more."
     start = [*np.unique(cams, return_index=True)[1].tolist(), len(x)]
-    blocks = list(_blocks(start, chunk))
+    blocks = list(camera_blocks(start, chunk))
     part = blocks[::-(-len(blocks)//most)]
     size = lambda bs: sum((a.stop-a.start)*(b.stop-b.start) for a, b in bs)
     t = time.process_time()

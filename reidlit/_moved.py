@@ -14,6 +14,7 @@ MODULES = { # old module: where its names are now
     'consistency': ['mcssl.consistency'], 'mcssl_lab': ['mcssl.lab'],
     'detectors': ['detection.detectors'], 'yolov3': ['detection.yolov3'],
     'tracking': ['detection.trackers'], 'results': ['experiments'],
+    'cameras': ['camera_bias', 'camera_labels'],
     'metrics.single': ['metrics.single_shot'],
     'data.sets_msmt17': ['data.readers.msmt17'],
     'data.sets_coco': ['data.readers.coco']}

@@ -36,7 +36,7 @@ from reidlit.detection.detectors import (base_detector,detector_scores,load_dete
     make_base,save_detector)
 from .learner import (baseline_learner,baseline_settings,evaluate,
     extract_features,fast_dtype,fit_resumable,load_model)
-from .metrics.retrieval import pair_distances,pick_threshold
+from .metrics.thresholds import pair_distances,pick_threshold
 from .models import weights_file
 from .report import (Page,data_section,frames_section,map_section,
     result_section,scores_section,search_section)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'write_atomic',
-           'DataError', 'check_shapes', 'Dropped', 'ReidSet']
+           'DataError', 'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'Dropped', 'ReidSet']
 
 # %% ../nbs/00_core.ipynb #9203d968
 import hashlib,logging,os,random,tempfile
@@ -125,6 +125,65 @@ def check_shapes(
                 raise error
     return sizes
 
+# %% ../nbs/00_core.ipynb #1a5c4b31
+def as_labels(
+    x, # `(N,)` list, array or tensor; `None` only for flags: all are off
+    name:str, # Of the argument, for messages
+    n:int|None=None, # How many there must be; `None`: any number
+    dtype=np.int64, # Whole numbers; `bool`: flags; `None`: of any kind
+    least:int|None=None # No label may be below
+)->np.ndarray: # `(N,)`
+    "Labels as an array; `ValueError` names the argument, the row, the value."
+    if x is None and dtype is bool: return np.zeros(n, bool)
+    want = 'N' if n is None else str(n)
+    if x is None: raise ValueError(f'{name} is None; expected ({want})')
+    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
+    check_shapes(**{name:(x, want)})
+    if dtype==np.int64 and x.dtype.kind not in 'iu' and x.size:
+        raise ValueError(f'{name}: {x.dtype}, expected whole numbers')
+    if least is not None and len(bad := np.flatnonzero(x<least)):
+        raise ValueError(f'{name}: {x[bad[0]]} in row {bad[0]}, '
+                         f'expected {least} or more')
+    return x if dtype is None else x.astype(dtype)
+
+# %% ../nbs/00_core.ipynb #26ec4fa6
+def as_features(
+    x, # `(N,D)` list, array or tensor
+    name:str='features', # Of the argument, for messages
+    device=None, # Where to; `None`: where they are
+    grad:bool=False # Keep the way back for gradients?
+)->torch.Tensor: # `(N,D)` float32, or float64 if they were
+    "Features as floats; `ValueError` names the first row that is not finite."
+    x = torch.as_tensor(x).to(device)
+    if not grad: x = x.detach()
+    check_shapes(**{name:(x, 'N D')})
+    if x.dtype not in (torch.float32, torch.float64): x = x.float()
+    bad = (~x.isfinite().all(1)).nonzero()
+    if len(bad): raise ValueError(f'{name}: NaN or infinity in {len(bad)} of '
+                                  f'{len(x)} rows, first in row {int(bad[0])}')
+    return x
+
+# %% ../nbs/00_core.ipynb #36e9038b
+def as_boxes(
+    x, # xyxy `(N,4)` list, array or tensor; with padding also `(...,N,4)`
+    name:str='boxes', # Of the argument, for messages
+    area:bool=False, # Must all have an area?
+    padding:bool=False # Is NaN allowed, for no box?
+)->np.ndarray: # The same shape, float64; `(0,4)` for an empty list
+    "Boxes as an array; `ValueError` names the first that is not xyxy."
+    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, float)
+    if not x.size and x.shape[-1]!=4: x = x.reshape(0, 4)
+    check_shapes(**{name:(x, '... N 4' if padding else 'N 4')})
+    a,b = x[..., :2],x[..., 2:]
+    odd = np.isinf(x) if padding else ~np.isfinite(x)
+    for bad,why in ((odd, 'not finite'), (b<a, 'it ends before it starts'),
+                    (area & (a==b), 'it has no area')):
+        if len(at := np.argwhere(bad.any(-1))):
+            where = ', '.join(map(str, at[0]))
+            raise ValueError(f'{name}: box {where} {x[tuple(at[0])]} '
+                             f'is not xyxy: {why}')
+    return x
+
 # %% ../nbs/00_core.ipynb #b1b0b767
 @dataclass
 class Dropped:
@@ -145,15 +204,6 @@ class Dropped:
         if self.reasons: logger.warning('%s: dropped %s', name, self)
 
 # %% ../nbs/00_core.ipynb #a51b2f10
-def _labels(x, n, name, dtype=np.int64):
-    "`x` as an array of `n` labels, `None` if it is `None`."
-    if x is None: return None
-    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
-    if x.shape!=(n,): raise ValueError(f'{name}: shape {x.shape}, expected ({n},)')
-    if dtype==np.int64 and not np.issubdtype(x.dtype, np.integer) and n:
-        raise ValueError(f'{name}: {x.dtype}, expected whole numbers')
-    return x.astype(dtype)
-
 @dataclass
 class ReidSet:
     "Pictures of people with their labels, a row each; `None` is unknown."
@@ -170,11 +220,11 @@ class ReidSet:
     def __post_init__(self):
         n = len(self.images)
         for k in ('pids', 'camids', 'tids', 'frames'):
-            setattr(self, k, _labels(getattr(self, k), n, f'{self.name} {k}'))
+            if (x := getattr(self, k)) is not None:
+                setattr(self, k, as_labels(x, f'{self.name} {k}', n))
         for k in ('junk', 'distractor'):
-            x = getattr(self, k)
-            x = np.zeros(n, bool) if x is None else x
-            setattr(self, k, _labels(x, n, f'{self.name} {k}', bool))
+            x = as_labels(getattr(self, k), f'{self.name} {k}', n, bool)
+            setattr(self, k, x)
 
     def __len__(self): return len(self.images)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt,numpy as np,torch
 from .core import ReidSet,write_atomic
 from .data.augment import Augment
-from .metrics.retrieval import pair_distances,pick_threshold
+from .metrics.thresholds import pair_distances,pick_threshold
 from .models import occlusion_map
 from .experiments import Paper,read_result,result_rows
 from reidlit.viz import (IGNORED,PALETTE,RIGHT,WRONG,camera_color,embed_2d,

@@ -10,7 +10,7 @@ import torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from reidlit.ics.association import (Association, _agree, _blocks, _Nearest, associate,
+from reidlit.ics.association import (Association, _agree, camera_blocks, _Nearest, associate,
                                  association_explorer, nearest_pairs, plot_association,
                                  show_groups)
 from reidlit.core import rng_for
@@ -176,12 +176,12 @@ def test_no_large_block(monkeypatch):
     assert sum(a*b for a, b in sizes) == 500*30+500*270+30*270
 
 
-def test_blocks_hold_every_pair_of_two_cameras_once():
-    assert [(a.start, a.stop, b.start, b.stop) for a, b in _blocks([0, 3, 6, 9], 6)] == \
+def testcamera_blocks_hold_every_pair_of_two_cameras_once():
+    assert [(a.start, a.stop, b.start, b.stop) for a, b in camera_blocks([0, 3, 6, 9], 6)] == \
         [(0, 3, 3, 9), (3, 6, 6, 9)]
     start = [0, 4, 5, 12]
     which = np.repeat(range(3), np.diff(start))
-    met = [(i, j) for a, b in _blocks(start, 3) for i in range(12)[a] for j in range(12)[b]]
+    met = [(i, j) for a, b in camera_blocks(start, 3) for i in range(12)[a] for j in range(12)[b]]
     assert sorted(met) == [(i, j) for i in range(12) for j in range(i+1, 12) if which[i] != which[j]]
 
 
@@ -232,7 +232,7 @@ def test_errors_name_the_value():
     hole[2, 1], unseen[3] = np.inf, 0
     for args, text in [((hole, cams), 'first in row 2'),
                        ((unseen, cams), 'row 3 is zero'),
-                       ((x, cams[1:]), f'cameras: shape \\({n-1},\\), expected \\({n},\\)'),
+                       ((x, cams[1:]), f'cameras has shape \\({n-1},\\); expected \\({n}\\)'),
                        ((x, cams*0+5), 'cameras: only \\[5\\], expected 2 or more'),
                        ((x, cams+.5), 'expected whole numbers'),
                        ((x[0], cams), 'expected \\(N D\\)'),
@@ -242,7 +242,7 @@ def test_errors_name_the_value():
                        ((x, cams, 5, 'best'), "rule='best': expected 'reciprocal' or 'greedy'")]:
         with pytest.raises(ValueError, match=text): associate(*args)
     with pytest.raises(ValueError, match='chunk=0'): nearest_pairs(x, cams, 5, 0)
-    with pytest.raises(ValueError, match='pids: shape'): associate(x, cams).scores(cams[1:])
+    with pytest.raises(ValueError, match='pids has shape'): associate(x, cams).scores(cams[1:])
 
 
 def test_pictures_and_the_slider():

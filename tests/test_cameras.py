@@ -9,9 +9,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from reidlit.cameras import (_parts, accumulate_ids, camera_cross_entropy,
-                             camera_mean, check_ids, guess_source,
-                             standardise_per_camera)
+from reidlit.camera_bias import _parts, guess_source, standardise_per_camera
+from reidlit.camera_labels import (accumulate_ids, camera_cross_entropy, camera_mean,
+                                   check_ids)
 from reidlit.core import rng_for
 from tracks import case
 
@@ -134,8 +134,8 @@ def test_accumulating_takes_tensors_lists_and_any_integers():
 
 @pytest.mark.parametrize('pids, camids, text', [
     (None, None, 'pids is None'), (None, [0], 'pids is None'), ([0], None, 'camids is None'),
-    ([0, 1], [0], r'camids: shape \(1,\), expected \(2,\)'),
-    ([[0]], [0], r'pids: shape \(1, 1\)'), ([], [], 'empty'),
+    ([0, 1], [0], r'camids has shape \(1,\); expected \(2\)'),
+    ([[0]], [0], r'pids has shape \(1, 1\)'), ([], [], 'empty'),
     ([0, 1, -2], [0]*3, 'pids: -2 in row 2'), ([0, 1], [0, -1], 'camids: -1 in row 1'),
     (['a'], [0], 'pids: <U1'), ([.5], [0], 'pids: float64'),
     ([0, 0], [1, 2], 'camera 0 has no pictures'),

@@ -143,7 +143,7 @@ def test_nothing():
     (dict(found=[([[0, 0, np.inf, 5]], [1])]), 'found, picture 0: box 0'),
     (dict(found=[([[0, 0, 5, 5]], [np.nan])]), 'found, picture 0: score 0'),
     (dict(found=[([[0, 0, 5, 5]], [1, 2])]), 'picture 0: 1 boxes, 2 scores'),
-    (dict(found=[([[0, 0, 5]], [1])]), 'expected (N, 4)'),
+    (dict(found=[([[0, 0, 5]], [1])]), 'expected (N 4)'),
     (dict(found=[np.zeros((3, 4))]), 'expected boxes and scores'),
     (dict(truths=[[[0, 5, 5, 0]]]), 'truths, picture 0'),
     (dict(ignore=[[True, False]]), 'picture 0: 1 boxes, 2 ignore'),

@@ -70,7 +70,7 @@ def test_detections():
 
 def test_degenerate_boxes_of_a_set_are_named():
     flat = FrameSet([np.zeros((96, 160, 3), np.uint8)], None, None, [0], [[3, 3, 3, 9]], None)
-    with pytest.raises(ValueError, match=r'box \[3. 3. 3. 9.\] is not xyxy'): own_targets(flat)
+    with pytest.raises(ValueError, match=r'box 0 \[3. 3. 3. 9.\] is not xyxy'): own_targets(flat)
 
 
 def test_frames_without_any_box_train(small):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import reidlit.ics as ics
 from reidlit.ics.association import Association
-from reidlit.cameras import accumulate_ids
+from reidlit.camera_labels import accumulate_ids
 from reidlit.core import DataError, rng_for
 from reidlit.data.world import World
 from reidlit.ics import (BY_PRESET, PUBLISHED, VARIANTS, CameraMemory, IcsLoss, IcsModel, UpdateMemory, associate,

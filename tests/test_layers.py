@@ -1,10 +1,14 @@
 "A notebook imports only notebooks before it in the order of reading."
 import ast
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from reidlit._moved import MODULES
 
 NBS = Path(__file__).resolve().parent.parent / 'nbs'
 FILES = sorted(f for f in NBS.glob('[0-9]*.ipynb'))
@@ -34,7 +38,7 @@ def imports(path):
                 out |= {m for m in inside if m in ORDER} or {node.module}
             if isinstance(node, ast.Import):
                 out |= {a.name for a in node.names if a.name.startswith('reidlit')}
-    return out
+    return out - {'reidlit._moved'}
 
 
 def test_all_modules_have_a_notebook():
@@ -52,3 +56,71 @@ def test_only_lower(path):
     before = ORDER[:ORDER.index(mine)] if mine else ORDER
     allowed = {*before, mine}
     assert imports(path) <= allowed, imports(path) - allowed
+
+
+def private(source):
+    "Underscore names that Python code imports from modules of the package."
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            where = 'reidlit.'*bool(node.level) + (node.module or '')
+            names = [f'{where}.{a.name}' for a in node.names]
+        for name in names:
+            if name.split('.')[0] == 'reidlit' and '._' in name.replace('._moved', ''): yield name
+
+
+def python(path):
+    "A file's code; of a notebook, its cells without magics."
+    if path.suffix == '.py': return path.read_text(encoding='utf-8')
+    lines = '\n'.join(code_cells(path)).splitlines()
+    return '\n'.join(l for l in lines if not re.match(r'\s*[%!]', l))
+
+
+def test_private_imports_are_found():
+    for bad in ('from reidlit.core import _x', 'from .core import a, _x', 'from . import _x',
+                'import reidlit._x', 'def f():\n    from ..core._x import a'):
+        assert list(private(bad)), bad
+    for good in ('from reidlit._moved import moved_names', 'from . import _moved',
+                 'from numpy.core import _x', 'from reidlit.core import a as _a'):
+        assert not list(private(good)), good
+
+
+ROOT = NBS.parent
+SOURCES = sorted(f for f in [*ROOT.glob('reidlit/**/*.py'), *ROOT.glob('benchmarks/*.py'),
+                             *ROOT.glob('nbs/**/*.ipynb')] if '.ipynb_checkpoints' not in f.parts)
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_module_imports_a_private_name(path):
+    assert not (found := list(private(python(path)))), found
+
+
+@pytest.mark.parametrize('path', sorted(NBS.glob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_reader_can_take_it_in_one_sitting(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    n = sum(bool(''.join(c['source']).strip()) for c in cells)
+    assert n <= 90, f'{path.name}: {n} cells, at most 90; split it where a reader pauses'
+
+
+@pytest.mark.parametrize('old', MODULES)
+def test_an_old_module_works_with_a_warning(old):
+    sys.modules.pop(f'reidlit.{old}', None)
+    new = [importlib.import_module(f'reidlit.{m}') for m in MODULES[old]]
+    with pytest.warns(DeprecationWarning, match=f'reidlit.{old} is now {new[0].__name__}'):
+        module = importlib.import_module(f'reidlit.{old}')
+    for m in new:
+        for name in getattr(m, '__all__', ()): assert getattr(module, name) is getattr(m, name)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('metrics.retrieval.Threshold', 'metrics.thresholds.Threshold'),
+    ('metrics.retrieval.pick_threshold', 'metrics.thresholds.pick_threshold'),
+    ('metrics.retrieval.pair_distances', 'metrics.thresholds.pair_distances'),
+    ('mcssl.pseudolabels.Association', 'mcssl.pseudolabels.BoxAssociation')])
+def test_an_old_name_works_with_a_warning(old, new):
+    find = lambda path: getattr(importlib.import_module('reidlit.'+path.rpartition('.')[0]),
+                                path.rpartition('.')[2])
+    with pytest.warns(DeprecationWarning, match=f'reidlit.{old} is now reidlit.{new}'): found = find(old)
+    assert found is find(new)
+    with pytest.raises(AttributeError, match='no attribute'): find(old+'_')

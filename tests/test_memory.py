@@ -246,8 +246,8 @@ def test_bad_input_is_named(across):
 
 @pytest.mark.parametrize('kw,message', [
     (dict(cameras=[]), 'no identities'), (dict(cameras=[0, 2]), 'camera 1 has no identity'),
-    (dict(cameras=[1, 1]), 'camera 0 has no identity'), (dict(cameras=[0, -2]), 'camera -2'),
-    (dict(cameras=[0., 1.]), 'expected integers'), (dict(dim=0), 'dim=0'), (dict(momentum=1.01), 'momentum=1.01'),
+    (dict(cameras=[1, 1]), 'camera 0 has no identity'), (dict(cameras=[0, -2]), 'cameras: -2 in row 1'),
+    (dict(cameras=[0., 1.]), 'expected whole numbers'), (dict(dim=0), 'dim=0'), (dict(momentum=1.01), 'momentum=1.01'),
     (dict(momentum=-.1), 'momentum=-0.1'), (dict(momentum=math.nan), 'momentum=nan'),
     (dict(temperature=0), 'temperature=0'), (dict(temperature=-1.), 'temperature=-1')])
 def test_bad_settings_are_named(kw, message):

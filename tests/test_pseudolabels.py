@@ -9,7 +9,7 @@ from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
 from reidlit.detection.detectors import Detections, own_targets, world_frames
 from reidlit.geometry import Camera
-from reidlit.mcssl.pseudolabels import (WHICH, Association, Sightings, associate_boxes, candidate_pairs, confirm_pairs,
+from reidlit.mcssl.pseudolabels import (WHICH, BoxAssociation, Sightings, associate_boxes, candidate_pairs, confirm_pairs,
                                   films_of, follow, funnel, pids_of, split_pseudo_labels, tracked_pairs,
                                   true_associations)
 
@@ -107,7 +107,7 @@ def test_film_that_ends():
     x = films_of(items, s, 4, (48, 24))
     assert (x[0, 2] == x[0, 1]).all() and (x[0, 3] == x[0, 1]).all() and (x[0, 0] != x[0, 1]).any()
     whole = follow(items, [d], 0, [0], 4)
-    a = Association(1, 1, np.array([[0], [0]]), np.array([.1]), np.array([True]))
+    a = BoxAssociation(1, 1, np.array([[0], [0]]), np.array([.1]), np.array([True]))
     assert len(tracked_pairs([a], {0: s, 1: whole}, 0)) == 2*5
 
 
@@ -198,7 +198,7 @@ def test_tracked_like_a_loop():
     r = np.random.default_rng(3)
     rows = [np.where(r.random((4, 3)) < .3, -1, r.integers(0, 50, (4, 3))) for _ in range(2)]
     seen = {c: sight([0]*4, [BOX]*4, [.5]*4, rows[c]) for c in (0, 1)}
-    a = Association(1, 16, np.array([[0, 1, 2, 3], [2, 1, 0, 3]]), np.zeros(4), np.array([1, 0, 1, 1], bool))
+    a = BoxAssociation(1, 16, np.array([[0, 1, 2, 3], [2, 1, 0, 3]]), np.zeros(4), np.array([1, 0, 1, 1], bool))
     p = tracked_pairs([a], seen, 0)
     want = [(x, y, i, j) for i, j in ((0, 2), (2, 0), (3, 3)) for x in rows[0][i] for y in rows[1][j] if x >= 0 and y >= 0]
     assert list(zip(*(v.tolist() for v in (p.row1, p.row2, p.id1, p.id2)))) == [tuple(map(int, w)) for w in want]

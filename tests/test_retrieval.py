@@ -9,7 +9,8 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from reidlit.metrics.retrieval import (average_precision, distance_chunks, mars_scores,
-    pair_distances, pick_threshold, reid_scores, scores_from_distances)
+    reid_scores, scores_from_distances)
+from reidlit.metrics.thresholds import pair_distances, pick_threshold
 
 
 def plain_scores(dist, q_pids, g_pids, q_cams, g_cams, junk, distractor, own, ap, max_rank,
@@ -114,8 +115,8 @@ def test_sklearn_agrees():
     (dict(query=np.zeros((2, 4))), 'gallery has shape'), (dict(ap='area'), "ap='area'"),
     (dict(query=np.full((2, 3), np.nan)), 'query: NaN'), (dict(metric='l1'), "metric='l1'"),
     (dict(gallery=np.full((3, 3), np.inf)), 'gallery: NaN or infinity'),
-    (dict(q_camids=[0, 1, 2]), 'q_camids: shape'), (dict(q_pids=[.5, 1.5]), 'q_pids: float64'),
-    (dict(q_junk=[True, True]), 'no query left'), (dict(g_junk=[True]), 'g_junk: shape'),
+    (dict(q_camids=[0, 1, 2]), 'q_camids has shape'), (dict(q_pids=[.5, 1.5]), 'q_pids: float64'),
+    (dict(q_junk=[True, True]), 'no query left'), (dict(g_junk=[True]), 'g_junk has shape'),
     (dict(exclude_self=[0, 3]), 'exclude_self: 0 to 3'), (dict(max_rank=0), 'max_rank=0'),
     (dict(g_camids=[0, 0, 0], q_camids=[0, 0]), 'leave q_camids and g_camids out'),
     (dict(g_junk=[True]*3), 'no usable identity')])

@@ -11,7 +11,7 @@ __all__ = ['SOURCES', 'TARGET', 'CORE_ARMS', 'ALPHAS', 'MANY', 'CLAIMS', 'TABLE1
 from dataclasses import replace
 from functools import partial
 import numpy as np,torch
-from ..cameras import guess_source
+from ..camera_bias import guess_source
 from ..core import ReidSet,active_preset,default_device,seed_all
 from . import (TenCrops,embedding_learner,embedding_net,
     embedding_settings,finetune,fit_crossdataset,fit_embedding,hardest_triplets,

@@ -10,11 +10,10 @@ import copy
 from dataclasses import dataclass,replace
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from sklearn.cluster import KMeans
-from ..core import ReidSet,logger,seed_all
+from ..core import ReidSet,as_features,logger,seed_all
 from ..data.augment import Augment
 from ..data.sampling import PKSampler
 from ..learner import ReidLoaders,extract_features,reid_learner
-from ..metrics.retrieval import _features
 
 # %% ../../nbs/20a_crossdataset.progressive.ipynb #e6f147ec
 @dataclass
@@ -39,7 +38,7 @@ def reliable_clusters(
     seed:int=0 # Of k-means
 )->Clusters: # Labels and who is reliable
     "Clusters of unit features, near ones reliable; `ValueError` names misuse."
-    x = F.normalize(_features(features, 'features', 'cpu').float()).numpy()
+    x = F.normalize(as_features(features, device='cpu').float()).numpy()
     if not 2<=n_people<=len(x):
         raise ValueError(f'n_people={n_people}: expected 2 to {len(x)}')
     if not -1<=keep<1: raise ValueError(

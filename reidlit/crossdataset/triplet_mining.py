@@ -8,8 +8,7 @@ __all__ = ['EmbeddingNet', 'triplet_gaps', 'hardest_triplets', 'TripletLoss', 'f
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #edbc9f57
 import torch,torch.nn as nn
 from torch import Tensor
-from ..losses import _finite,batch_hard_triplet
-from ..losses import pairwise_distances,triplet_masks
+from ..losses import batch_distances,batch_hard_triplet,triplet_masks
 from ..models import GAP,backbone,embedding_head
 
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #a8d23768
@@ -50,7 +49,7 @@ def triplet_gaps(
     pids:Tensor # Identities `(N,)`
 )->Tensor: # `(T,)`, by anchor, then positive, then negative
     "Gaps `D_ap - D_an` of all triplets (Eq. 1); `ValueError` for one identity."
-    d = _finite(feats, pairwise_distances(feats))
+    d = batch_distances(feats)
     pos,neg,_ = triplet_masks(pids)
     return (d[:, :, None]-d[:, None])[pos[:, :, None] & neg[:, None]]
 
@@ -60,7 +59,7 @@ def hardest_triplets(
     pids:Tensor # Identities `(N,)`
 )->tuple[Tensor,Tensor]: # Rows of positive and negative `(N,)`, -1: none
     "Each anchor's farthest positive and nearest negative, as row numbers."
-    d = _finite(feats, pairwise_distances(feats))
+    d = batch_distances(feats)
     pos,neg,_ = triplet_masks(pids) # `max` and `min` give the first of equals
     far = d.masked_fill(~pos, -torch.inf).max(1).indices
     near = d.masked_fill(~neg, torch.inf).min(1).indices

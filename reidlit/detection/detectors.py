@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TINY', 'PUBLIC', 'MAKERS', 'ASPECT', 'BASE', 'Detections', 'to_images', 'Detector', 'TinyFpn', 'FasterRcnn',
            'faster_rcnn', 'corrected_loss', 'ShuffleSampler', 'world_frames', 'join_frames', 'own_targets',
-           'FrameDataset', 'frame_batch', 'box_losses', 'LossHistory', 'task_learner', 'detector_learner', 'detect',
-           'detector_scores', 'public_frames', 'make_detector', 'save_detector', 'load_detector', 'base_name',
-           'make_base', 'base_detector']
+           'frame_at_size', 'FrameDataset', 'frame_batch', 'box_losses', 'LossHistory', 'task_learner',
+           'detector_learner', 'detect', 'detector_scores', 'public_frames', 'make_detector', 'save_detector',
+           'load_detector', 'base_name', 'make_base', 'base_detector']
 
 # %% ../../nbs/14_detection.detectors.ipynb #8740bed8
 import json
@@ -32,8 +32,8 @@ from torchvision.models.detection.faster_rcnn import (FastRCNNPredictor,
 from torchvision.models.detection.roi_heads import RoIHeads,fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork,MultiScaleRoIAlign
-from ..core import (DataError,active_preset,check_shapes,data_home,
-    default_device,logger,rng_for,seed_all,write_atomic)
+from ..core import (DataError,active_preset,as_boxes,check_shapes,
+    data_home,default_device,logger,rng_for,seed_all,write_atomic)
 from ..data.sampling import BatchSampler
 from ..data.sets import FrameSet
 from ..data.world import World
@@ -52,17 +52,14 @@ class Detections:
     gold:np.ndarray|None=None # Trusted in training? `(N,)` bool; `None`: all
 
     def __post_init__(self):
-        self.xyxy = np.asarray(self.xyxy, np.float32).reshape(-1, 4)
+        x = np.asarray(self.xyxy, np.float32)
+        self.xyxy = as_boxes(x, 'xyxy', area=True).astype(np.float32)
         n,new = len(self.xyxy),dict(scores=np.float32, labels=np.int64, gold=bool)
         for k,kind in new.items():
             x = getattr(self, k)
             x = np.ones(n, kind) if x is None else np.asarray(x, kind)
-            if x.shape!=(n,):
-                raise ValueError(f'{k} has shape {x.shape}; {n} boxes')
+            check_shapes(**{k:(x, str(n))})
             setattr(self, k, x)
-        b = self.xyxy
-        bad = ~np.isfinite(b).all(1) | (b[:, 2:]<=b[:, :2]).any(1)
-        if bad.any(): raise ValueError(f'box {b[bad][0]} is not xyxy')
 
     def __len__(self): return len(self.xyxy)
     def __getitem__(self, i):
@@ -352,8 +349,12 @@ def own_targets(
     "The set's own boxes as targets."
     return [Detections(items.xyxy[items.row==i]) for i in range(len(items))]
 
-def _at_size(items, i, size):
-    "A frame at `size` `(H,W)`, and what multiplies its boxes `(4,)`."
+def frame_at_size(
+    items:FrameSet, # Frames
+    i:int, # Which one
+    size:tuple|None # `(H,W)` of the network's input; `None` keeps
+)->tuple: # `(H,W,3)` uint8, and what multiplies its boxes `(4,)` float32
+    "A frame at a network's size, and the scale of its boxes."
     im = items.read(i)
     if size is None: return im,np.ones(4, np.float32)
     scale = np.tile(np.divide(size, im.shape[:2])[::-1], 2).astype(np.float32)
@@ -375,7 +376,7 @@ class FrameDataset:
     def __len__(self): return len(self.items)
 
     def __getitem__(self, i):
-        (im,scale),t = _at_size(self.items, i, self.size),self.targets[i]
+        (im,scale),t = frame_at_size(self.items, i, self.size),self.targets[i]
         box = t.xyxy*scale
         if self.flip and torch.rand(())<.5:
             im,box = im[:, ::-1],box[:, [2, 1, 0, 3]]
@@ -487,7 +488,7 @@ def detect(
     out = []
     for i in range(0, len(items), bs):
         rows = range(i, min(i+bs, len(items)))
-        frames,scales = zip(*[_at_size(items, j, size) for j in rows])
+        frames,scales = zip(*[frame_at_size(items, j, size) for j in rows])
         found = detector.predict(to_images(_stack(frames), device), least)
         for d,scale in zip(found, scales): d.xyxy /= scale
         out += found

@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from threading import Thread
 import cv2,numpy as np
-from ..core import check_shapes
+from ..core import as_boxes,check_shapes
 from ..metrics.detection import box_iou
 
 # %% ../../nbs/15_detection.trackers.ipynb #02edf9c0
@@ -45,15 +45,7 @@ def _check(frames, boxes):
     x = np.asarray(frames)
     if x.ndim!=4 or x.shape[-1]!=3 or x.dtype!=np.uint8:
         raise ValueError(f'frames {x.shape} {x.dtype}: expected (T,H,W,3) uint8')
-    if hasattr(boxes, 'detach'): boxes = boxes.detach().cpu()
-    b = np.asarray(boxes, np.float64)
-    if b.size==0: return x,np.zeros((0, 4))
-    check_shapes(boxes=(b, 'N 4'))
-    bad = ~np.isfinite(b).all(1) | ~(b[:, 2:]>b[:, :2]).all(1)
-    if bad.any():
-        i = int(bad.argmax())
-        raise ValueError(f'box {i} {b[i].tolist()}: expected xyxy with an area')
-    return x,b
+    return x,as_boxes(boxes, area=True)
 
 def track_boxes(
     frames, # `(T,H,W,3)` uint8 RGB, or a list of T pictures

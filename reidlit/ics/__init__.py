@@ -16,7 +16,7 @@ import numpy as np,torch,torch.distributed as dist,torch.nn as nn
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from .association import Association,associate
-from ..cameras import CameraIds,accumulate_ids,camera_cross_entropy
+from ..camera_labels import CameraIds,accumulate_ids,camera_cross_entropy
 from .._moved import moved_names
 from ..core import ReidSet,default_device,logger,seed_all
 from ..data.augment import Augment

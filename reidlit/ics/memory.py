@@ -8,9 +8,8 @@ __all__ = ['CameraMemory']
 # %% ../../nbs/30_ics.memory.ipynb #ec23c414
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from fastcore.basics import patch
-from ..cameras import _column,camera_cross_entropy,check_ids
-from ..core import check_shapes,logger
-from ..losses import _finite
+from ..camera_labels import camera_cross_entropy,check_ids
+from ..core import as_features,as_labels,check_shapes,logger
 
 # %% ../../nbs/30_ics.memory.ipynb #3f14113a
 class CameraMemory(nn.Module):
@@ -24,12 +23,8 @@ class CameraMemory(nn.Module):
         in_order:bool=True # Eq. 1 picture by picture; `False`: a step of means
     ):
         super().__init__()
-        cameras = _column(cameras, len(cameras), 'cameras')
+        cameras = as_labels(cameras, 'cameras', least=0)
         if not len(cameras): raise ValueError('cameras: no identities')
-        if cameras.dtype.kind not in 'iu':
-            raise ValueError(f'cameras: {cameras.dtype}, expected integers')
-        if cameras.min()<0: raise ValueError(
-            f'camera {cameras.min()}: expected 0 or more')
         if len(gap := np.flatnonzero(np.bincount(cameras)==0)):
             raise ValueError(f'camera {gap[0]} has no identity')
         if dim<1: raise ValueError(f'dim={dim}: expected 1 or more')
@@ -39,7 +34,7 @@ class CameraMemory(nn.Module):
             raise ValueError(f'temperature={temperature}: expected above 0')
         self.momentum,self.temperature = momentum,temperature
         self.across,self.in_order = across,in_order
-        n,whole = len(cameras),torch.tensor(cameras).long()
+        n,whole = len(cameras),torch.tensor(cameras)
         self.register_buffer('cameras', whole)
         self.register_buffer('centroids', torch.zeros(n, dim))
         self.register_buffer('seen', torch.zeros(n, dtype=torch.bool))
@@ -55,7 +50,7 @@ class CameraMemory(nn.Module):
 def _rows(memory, f):
     "`f`, if it fits the rows and has no NaN, in their precision."
     check_shapes(f=(f, f'B {memory.centroids.shape[1]}'))
-    return _finite(f, f).to(memory.centroids.dtype)
+    return as_features(f, 'f', grad=True).to(memory.centroids.dtype)
 
 @patch
 @torch.no_grad()

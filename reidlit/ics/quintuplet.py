@@ -7,9 +7,9 @@ __all__ = ['quintuplet_loss']
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #fcf1bcdc
 import torch
-from ..cameras import camera_mean,check_ids
-from ..core import check_shapes
-from ..losses import _finite,_gap_loss,pairwise_distances,triplet_masks
+from ..camera_labels import camera_mean,check_ids
+from ..core import as_features,check_shapes
+from ..losses import batch_distances,margin_loss,triplet_masks
 from .memory import CameraMemory
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #3519e377
@@ -22,16 +22,17 @@ def _in_batch(g, labels, cameras, margin):
         i,j = two.nonzero()[0].tolist()
         raise ValueError(f'label {int(labels[i])} in cameras {int(cameras[i])} '
             f'and {int(cameras[j])}: expected accumulated labels')
-    d = _finite(g, pairwise_distances(g))
+    d = batch_distances(g)
     pos,neg,valid = triplet_masks(labels, negatives=same)
     far = d.masked_fill(~pos, -torch.inf).max(1).values
     near = d.masked_fill(~neg, torch.inf).min(1).values
-    return _gap_loss(far-near, margin),valid
+    return margin_loss(far-near, margin),valid
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #fef5cbf0
 def _with_memory(f, labels, memory, margin, sim):
     "Hinges against own row and nearest other, and which anchors have both."
-    f,k = _finite(f, f).to(memory.centroids.dtype),memory.centroids
+    k = memory.centroids
+    f = as_features(f, 'embedding', grad=True).to(k.dtype)
     with torch.no_grad():
         if sim is None: sim = memory.similarities(f)
         check_shapes(embedding=(f, f'{len(labels)} {k.shape[1]}'),
@@ -41,7 +42,7 @@ def _with_memory(f, labels, memory, margin, sim):
         near = sim.masked_fill(~rival, -torch.inf).argmax(1)
         valid = memory.seen[labels] & rival.any(1)
     own,other = [((f-k[j])**2).sum(1).add(1e-12).sqrt() for j in (labels, near)]
-    return _gap_loss(own-other, margin),valid
+    return margin_loss(own-other, margin),valid
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #c236fbd3
 def quintuplet_loss(

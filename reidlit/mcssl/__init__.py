@@ -99,7 +99,7 @@ PHASES = ('backbone', 'detection')
 class Custom:
     "A detector made for one camera, and how it was made."
     detector:Detector # Trained
-    association:list # `Association` with each other camera
+    association:list # `BoxAssociation` with each other camera
     history:list # Mean losses of each epoch, both phases
 
 class _Watch(Callback):
@@ -166,7 +166,7 @@ def customise(
     settings:dict|None=None, # From `mcssl_settings`; `None`: its defaults
     which:str='uncertain', # Boxes that train the backbone; `'confident'`, `'all'`
     gathered:Gathered|None=None, # From `gather`; `None`: done here
-    found:list|None=None, # `Association`s; `None`: from `associate_boxes`
+    found:list|None=None, # `BoxAssociation`s; `None`: from `associate_boxes`
     reid=None, # Model, threshold, ...; `None`: `reid_for('people')`
     size=None, # `(H,W)` of the network's input; `None` keeps
     device=None, # `None` chooses

@@ -12,8 +12,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 from ..data.sets import FrameSet
-from ..detection.detectors import Detector,FrameDataset,box_losses
-from ..detection.detectors import _at_size,frame_batch,task_learner,to_images
+from ..detection.detectors import (Detector,FrameDataset,box_losses,
+    frame_at_size,frame_batch,task_learner,to_images)
 from .pseudolabels import Pairs
 
 # %% ../../nbs/62_mcssl.consistency.ipynb #e169b27c
@@ -65,7 +65,7 @@ def __getitem__(self:PairDataset,
     "Two frames and the boxes paired in them, row by row."
     g,p = self.groups[i][:self.most],self.pairs
     def side(row, box):
-        im,scale = _at_size(self.items, int(row), self.size)
+        im,scale = frame_at_size(self.items, int(row), self.size)
         return im,box[g]*scale
     return *side(self.keys[i, 0], p.box1),*side(self.keys[i, 1], p.box2)
 

@@ -11,7 +11,7 @@ from itertools import permutations
 from math import prod
 import cv2,numpy as np,matplotlib.pyplot as plt
 from numba import njit
-from ..core import check_shapes
+from ..core import as_boxes,check_shapes
 from ..geometry import Camera,epipolar_lines,fundamental_matrix
 from ..viz import camera_color,show_lines
 
@@ -68,15 +68,6 @@ def box_fundamentals(
     return np.array(pairs, int).reshape(-1, 2),np.reshape(F, (-1, 3, 3))
 
 # %% ../../nbs/60_mcssl.epipolar.ipynb #bd368236
-def _wide(x, name):
-    "`x` as float64 boxes `(...,N,4)`; NaN rows are padding."
-    x = np.asarray(x, float)
-    if x.shape==(0,): x = x.reshape(0, 4)
-    check_shapes(**{name:(x, '... N 4')})
-    if (bad := (x[..., 2:]<x[..., :2]).any(-1)).any():
-        raise ValueError(f'{name}: {x[bad][0]} is not xyxy: end before start')
-    return x
-
 def _usable(F):
     "`F` as float64 matrices `(...,3,3)` that give lines."
     F = np.asarray(F, float)
@@ -124,7 +115,9 @@ def region_distance(
     F # Fundamental matrices `(...,3,3)`, `x2^T F x1 = 0`
 )->np.ndarray: # Pixels of image 2 `(...,N,M)`; 0 inside, inf for no box
     "Distances of `boxes2`'s centres from regions; `ValueError` for a bad F."
-    b1,b2,F = _wide(boxes1, 'boxes1'),_wide(boxes2, 'boxes2'),_usable(F)
+    b1,b2 = (as_boxes(b, f'boxes{i}', padding=True)
+             for i,b in ((1, boxes1), (2, boxes2)))
+    F = _usable(F)
     lead = [o.shape[:-2] for o in (b1, b2, F)]
     try: shape = np.broadcast_shapes(*lead)
     except ValueError: raise ValueError('boxes1, boxes2 and F begin with '
@@ -160,8 +153,8 @@ def pad_boxes(
     boxes # Frames, each xyxy `(n,4)`, where n may differ and may be 0
 )->np.ndarray: # `(F,N,4)` float64, N the most of a frame
     "Boxes of many frames in one array, filled up with rows of NaN."
-    return _pad([_wide(b, f'boxes[{i}]') for i,b in enumerate(boxes)], (4,),
-                np.nan, float)
+    return _pad([as_boxes(b, f'boxes[{i}]', padding=True)
+                 for i,b in enumerate(boxes)], (4,), np.nan, float)
 
 def pad_pids(
     pids # Frames, each `(n,)` identities from 0

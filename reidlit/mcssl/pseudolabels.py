@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'STEPS', 'split_pseudo_labels', 'Sightings', 'follow', 'films_of', 'pids_of', 'candidate_pairs',
-           'confirm_pairs', 'Association', 'associate_boxes', 'true_associations', 'Pairs', 'tracked_pairs', 'funnel']
+           'confirm_pairs', 'BoxAssociation', 'associate_boxes', 'true_associations', 'Pairs', 'tracked_pairs',
+           'funnel']
 
 # %% ../../nbs/61_mcssl.pseudolabels.ipynb #86b902eb
 from dataclasses import dataclass,fields
 import numpy as np
+from .._moved import moved_names
 from ..data.sets import FrameSet
 from .epipolar import box_fundamentals,epipolar_candidates
 from .epipolar import pad_boxes,undistort_boxes
@@ -183,7 +185,7 @@ def confirm_pairs(
 
 # %% ../../nbs/61_mcssl.pseudolabels.ipynb #525b626c
 @dataclass
-class Association:
+class BoxAssociation:
     "Pairs of sightings of two cameras after each step."
     camera2:int # The other camera
     possible:int # Pairs of boxes at the same moment
@@ -202,7 +204,7 @@ def associate_boxes(
     which:str='uncertain', # Boxes of the camera that are paired
     confident:float=.8, # T_cls
     mutual:bool=True # See `confirm_pairs`
-)->list: # An `Association` for each other camera
+)->list: # A `BoxAssociation` for each other camera
     "Boxes of one camera joined to those of others, step by step."
     me,out = seen[camera],[]
     mine = _chosen(me.scores, which, confident)
@@ -214,8 +216,12 @@ def associate_boxes(
         k = mine[pairs[0]]
         n = sum(mine[me.moment==m].sum()*(seen[c].moment==m).sum()
                 for m in np.unique(me.moment))
-        out.append(Association(c, int(n), pairs[:, k], d[k], ok[k]))
+        out.append(BoxAssociation(c, int(n), pairs[:, k], d[k], ok[k]))
     return out
+
+# %% ../../nbs/61_mcssl.pseudolabels.ipynb #77e547f9
+__getattr__ = moved_names(__name__, # works for one release, with a warning
+    Association='mcssl.pseudolabels.BoxAssociation')
 
 # %% ../../nbs/61_mcssl.pseudolabels.ipynb #9465db9b
 def true_associations(
@@ -226,7 +232,7 @@ def true_associations(
     fudge:float=4., # Pixels
     which:str='uncertain', # As for `associate_boxes`
     confident:float=.8 # T_cls
-)->list: # An `Association` for each other camera; distances are 0 or 1
+)->list: # A `BoxAssociation` for each other camera; distances are 0 or 1
     "What `associate_boxes` would find if it were always right."
     pid = {c:pids_of(items, seen[c].rows[:, 0], seen[c].xyxy[:, 0])
            for c in (camera, *others)}
@@ -235,7 +241,7 @@ def true_associations(
         (i,j),n = candidate_pairs(seen[camera], seen[c], items.cameras[camera],
                                   items.cameras[c], fudge, which, confident)
         ok = _same(pid[camera][i], pid[c][j])
-        out.append(Association(c, n, np.stack([i, j]), 1.-ok, ok))
+        out.append(BoxAssociation(c, n, np.stack([i, j]), 1.-ok, ok))
     return out
 
 # %% ../../nbs/61_mcssl.pseudolabels.ipynb #eb38e9f1

@@ -11,29 +11,15 @@ from dataclasses import dataclass
 from io import StringIO
 import numpy as np
 from fastcore.basics import patch
-from ..core import check_shapes
+from ..core import as_boxes,check_shapes
 
 # %% ../../nbs/08_metrics.detection.ipynb #15c0c3e2
-def _boxes(xyxy, name):
-    "Boxes as `(N,4)` float64; `ValueError` names who holds a bad one."
-    if hasattr(xyxy, 'detach'): xyxy = xyxy.detach().cpu()
-    b = np.asarray(xyxy, np.float64)
-    if b.size==0: return np.zeros((0, 4))
-    if b.ndim!=2 or b.shape[1]!=4:
-        raise ValueError(f'{name}: boxes of shape {b.shape}; expected (N, 4)')
-    for bad,what in ((~np.isfinite(b).all(1), 'is not finite'),
-                     ((b[:, 2:]<b[:, :2]).any(1), 'ends before it starts')):
-        if bad.any():
-            i = int(bad.argmax())
-            raise ValueError(f'{name}: box {i} {b[i].tolist()} {what}')
-    return b
-
 def box_iou(
     a, # Boxes xyxy in pixels `(N,4)`
     b # Boxes xyxy in pixels `(M,4)`
 )->np.ndarray: # `(N,M)` float64, 0..1; 0 for boxes without area
     "IoU of every pair; `ValueError` for a box that is not xyxy or not finite."
-    a,b = _boxes(a, 'a'),_boxes(b, 'b')
+    a,b = as_boxes(a, 'a'),as_boxes(b, 'b')
     lo = np.maximum(a[:, None, :2], b[None, :, :2])
     hi = np.minimum(a[:, None, 2:], b[None, :, 2:])
     both = (hi-lo).clip(0).prod(-1)
@@ -50,9 +36,9 @@ def match_boxes(
 )->np.ndarray: # `(N,)` int64: the truth each detection takes, or -1
     "Which truth each detection takes, best score first, as COCO matches."
     if not 0<iou<=1: raise ValueError(f'iou={iou}: expected above 0 to 1')
-    s,f = _scores(scores, 'found'),_boxes(found_xyxy, 'found')
+    s,f = _scores(scores, 'found'),as_boxes(found_xyxy, 'found')
     if len(s)!=len(f): raise ValueError(f'{len(f)} boxes, {len(s)} scores')
-    over = box_iou(f, _boxes(truth_xyxy, 'truths'))
+    over = box_iou(f, as_boxes(truth_xyxy, 'truths'))
     taken = np.full(len(f), -1)
     if not over.size: return taken
     for i in np.argsort(-s, kind='stable'):
@@ -124,9 +110,9 @@ def _check_all(found, truths, ignore):
     for i,(pair,t,g) in enumerate(zip(found, truths, ignore)):
         if len(pair)!=2:
             raise ValueError(f'found, picture {i}: expected boxes and scores')
-        b,s = _boxes(pair[0], f'found, picture {i}'), \
+        b,s = as_boxes(pair[0], f'found, picture {i}'), \
               _scores(pair[1], f'found, picture {i}')
-        t = _boxes(t, f'truths, picture {i}')
+        t = as_boxes(t, f'truths, picture {i}')
         g = np.zeros(len(t), bool) if g is None else np.asarray(g, bool)
         for x,y,name in ((b, s, 'scores'), (t, g, 'ignore')):
             if len(x)!=len(y): raise ValueError(

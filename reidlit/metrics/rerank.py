@@ -12,7 +12,7 @@ from fastcore.meta import delegates
 from numba import njit
 from scipy import sparse
 from ..core import check_shapes
-from .retrieval import _features,_pair_d2,distance_chunks
+from .retrieval import distance_chunks,metric_features,pair_d2
 
 # %% ../../nbs/09_metrics.rerank.ipynb #666e404b
 @njit(nogil=True)
@@ -65,7 +65,7 @@ def _encode(x, k1, k2, memory_mb):
     nb,far = _neighbours(x, min(n, max(k1+1, k2)), memory_mb)
     far = np.maximum(far, np.finfo(float).tiny)
     c = _circles(nb, k1)
-    w = np.exp(-_pair_d2(x, c.row, c.col)/far[c.row])
+    w = np.exp(-pair_d2(x, c.row, c.col)/far[c.row])
     w /= np.bincount(c.row, w, n)[c.row]
     v,near = sparse.csr_matrix((w, (c.row, c.col)), (n, n)),nb[:, :k2]
     ij = np.repeat(np.arange(n), near.shape[1]),near.ravel()
@@ -94,8 +94,8 @@ def rerank_chunks(
     "k-reciprocal distances, Zhong et al. 2017; `ValueError` if misfit."
     if k1<1 or k2<1: raise ValueError(f'k1={k1}, k2={k2}: expected 1 or more')
     if not 0<=lam<=1: raise ValueError(f'lam={lam}: expected 0 to 1')
-    q = _features(query, 'query', device, metric)
-    g = _features(gallery, 'gallery', device, metric)
+    q = metric_features(query, 'query', device, metric)
+    g = metric_features(gallery, 'gallery', device, metric)
     check_shapes(query=(q, 'Q D'), gallery=(g, 'G D'))
     v,far = _encode(torch.cat([q, g]), k1, k2, memory_mb)
     cols = v[len(q):].tocsc()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import chunked
 from ..core import logger
-from .retrieval import _block,_setup
+from .retrieval import as_distances,scoring_labels
 
 # %% ../../nbs/07a_metrics.single_shot.ipynb #83ec2cca
 def found_by(
@@ -42,7 +42,7 @@ def _lists(blocks, queries, gallery, separate):
     start = np.flatnonzero(np.r_[True, np.diff(who[by])>0][:G])
     clean,pid,cam = ~np.isin(by, junk),g_pid[by],g_cam[by]
     for block in blocks:
-        for d in _block(block, Q-q, G)[:, by]:
+        for d in as_distances(block, Q-q, G)[:, by]:
             same,near = pid==q_pid[q],cam==q_cam[q]
             ok = clean & (by!=own[q])
             keep = ok & ~same & ~(near & separate)
@@ -121,8 +121,8 @@ def single_shot_scores(
         if v is not None and v<1:
             raise ValueError(f'{k}={v}: expected 1 or more')
     if separate and nocams: raise ValueError('separate: needs camera ids')
-    queries,gallery,asked = _setup(q_pids, g_pids, q_camids, g_camids, q_junk,
-                                   g_junk, g_distractor, exclude_self)
+    queries,gallery,asked = scoring_labels(q_pids, g_pids, q_camids, g_camids,
+        q_junk, g_junk, g_distractor, exclude_self)
     blocks = [dist] if hasattr(dist, 'ndim') else dist
     lists,Q = _lists(blocks, queries, gallery, separate),len(asked)
     if draws is None: chance,spread = _exact(lists, Q, max_rank),None
