@@ -23,7 +23,7 @@ from .data.augment import Augment,to_uint8
 from .data.sampling import PKSampler
 from .losses import batch_hard_triplet
 from .metrics.retrieval import reid_scores
-from .models import ReidModel
+from .models import ReidModel # noqa: F401 (a first learner needs one import)
 from .viz import camera_color,show_crops,show_ranked
 
 # %% ../nbs/12_learner.ipynb #ce4d9dd6

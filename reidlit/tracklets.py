@@ -6,7 +6,7 @@
 __all__ = ['pool_tracklets', 'Tracklets', 'tracklet_table', 'score_target']
 
 # %% ../nbs/13b_tracklets.ipynb #497f7480
-import numpy as np,torch,torch.nn.functional as F
+import numpy as np,torch.nn.functional as F
 from dataclasses import dataclass
 from .camera_bias import group_means
 from .core import ReidSet,as_features,as_labels

@@ -23,7 +23,7 @@ from .learner import (BaselineLoss,ReidDataset,ReidLearner,SampledLoader,
 from .metrics.thresholds import Threshold,pair_distances,pick_threshold
 from .models import ReidModel,ReidOutput,load_backbone
 from .tracklets import tracklet_table
-from .runs import WEIGHTS,fit,load_model,make_settings,save_model,shipped
+from .runs import fit,load_model,make_settings,save_model,shipped
 
 # %% ../nbs/13c_video.ipynb #e1a9fc1f
 def cut_crops(
@@ -427,4 +427,5 @@ def reid_for(
     return load_reid(shipped(f'reid-{kind}.safetensors', make, kwargs.get('preset')),
                      device)
 
-__getattr__ = moved_names(__name__, VIDEO='video.BY_PRESET')
+__getattr__ = moved_names(__name__, VIDEO='video.BY_PRESET',
+                            WEIGHTS='runs.WEIGHTS')

@@ -6,11 +6,7 @@
 __all__ = ['BASELINE', 'baseline_settings', 'baseline_learner', 'fit_baseline']
 
 # %% ../../nbs/18_baseline.ipynb #72e63ac7
-import json,time
-from pathlib import Path
-from types import SimpleNamespace
-from ..core import ReidSet,default_device,seed_all,write_atomic
-from ..experiments import surroundings
+from ..core import ReidSet,default_device,seed_all
 from reidlit.learner import (ReidLearner,ReidLoaders,fast_dtype,
     reid_learner)
 from ..models import ReidModel,load_backbone
