@@ -17,8 +17,10 @@ import cv2,numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ..core import DataError,Dropped,check_shapes,write_atomic
-from .sets import (FrameSet,Grid,Rig,Splits,check_layout,clip_box,
-    finish,list_images,read_json,read_names,wildtrack)
+from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
+    read_names)
+from reidlit.data.readers.wildtrack import (FrameSet,Grid,Rig,clip_box,read_json,
+    wildtrack)
 from .writers import camera_xml,write_wildtrack,writing
 from ..geometry import Camera
 

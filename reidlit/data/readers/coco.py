@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ...core import DataError,Dropped,write_atomic
-from ..sets import FrameSet,check_layout,clip_box,finish,read_json
+from .market import check_layout,finish
+from .wildtrack import FrameSet,clip_box,read_json
 from ..writers import writing
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #96ea7ba0
