@@ -14,7 +14,7 @@ from matplotlib.collections import LineCollection
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from ..core import as_features,as_labels,check_shapes
-from ..viz import PALETTE,RIGHT,WRONG,camera_color,embed_2d
+from ..viz import RIGHT,WRONG,camera_color,embed_2d
 
 # %% ../../nbs/31_ics.association.ipynb #6c1977ce
 class _Nearest:
