@@ -26,8 +26,8 @@ from .core import (DataError,ReidSet,active_preset,data_home,
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
 from .data.world import World
-from reidlit.detection.detectors import (base_detector,detector_scores,load_detector,
-    make_base,save_detector)
+from .detection.detectors import load_detector,save_detector
+from .detection.training import base_detector,detector_scores,make_base
 from reidlit.experiments import (Run,load_paper,papers,reproduce,surroundings,
     train_run)
 from .learner import extract_features,fast_dtype

@@ -6,7 +6,8 @@ import pytest
 from reidlit.cli import main
 from reidlit.data import sets_multiview, writers
 from reidlit.data.world import World
-from reidlit.detection.detectors import WEIGHTS, load_detector
+from reidlit.detection.detectors import load_detector
+from reidlit.runs import WEIGHTS
 
 WRITE = dict(wildtrack=writers.write_wildtrack, multiviewx=sets_multiview.write_multiviewx)
 

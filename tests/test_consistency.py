@@ -12,7 +12,8 @@ from reidlit.mcssl.consistency import (DETACH, PairDataset, consistency_learner,
 from reidlit.core import seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detection.detectors import FrameDataset, ShuffleSampler, faster_rcnn, world_frames
+from reidlit.detection.detectors import faster_rcnn
+from reidlit.detection.training import FrameDataset,ShuffleSampler,world_frames
 from reidlit.learner import quiet
 from reidlit.runs import fit
 from reidlit.mcssl.pseudolabels import Pairs

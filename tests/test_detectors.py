@@ -10,15 +10,16 @@ from fastai.optimizer import Adam
 from safetensors.torch import load_file, save_file
 from torchvision.ops import roi_align
 
-import reidlit.detection.detectors as detectors
 from reidlit.core import DataError, seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detection.detectors import (BASE, MAKERS, TINY, WEIGHTS, Detections, Detector, FrameDataset,
-                               ShuffleSampler, base_detector, base_name, corrected_loss, detect,
-                               detector_learner, detector_scores, faster_rcnn, frame_batch,
-                               join_frames, load_detector, make_base, make_detector, own_targets,
-                               public_frames, save_detector, to_images, world_frames)
+from reidlit.detection.detectors import (MAKERS,TINY,Detections,Detector,
+    corrected_loss,faster_rcnn,load_detector,make_detector,save_detector,
+    to_images)
+from reidlit.detection.training import (BY_PRESET,FrameDataset,ShuffleSampler,
+    base_detector,base_name,detect,detector_learner,detector_scores,frame_batch,
+    join_frames,make_base,own_targets,public_frames,world_frames)
+from reidlit.runs import WEIGHTS
 from reidlit.learner import quiet
 from reidlit.runs import fit
 
@@ -372,8 +373,8 @@ def test_broken_and_other_files(tmp_path):
 def test_base_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv('REIDLIT_DATA', str(tmp_path))
     monkeypatch.setenv('REIDLIT_PRESET', 'ci')
-    monkeypatch.setattr(detectors, 'WEIGHTS', tmp_path/'none')
-    monkeypatch.setitem(BASE, 'ci', dict(worlds=1, times=1, epochs=1))
+    monkeypatch.setattr('reidlit.runs.WEIGHTS', tmp_path/'none')
+    monkeypatch.setitem(BY_PRESET, 'ci', dict(worlds=1, times=1, epochs=1))
     d = base_detector('vehicles', device='cpu', backbone='smaller')
     path = tmp_path/'models'/'ci'/base_name('vehicles', backbone='smaller')
     assert path.exists() and d.made['aspect'] == .6 and d.fixed_stats

@@ -11,7 +11,8 @@ import reidlit.mcssl as mcssl
 from reidlit.core import DataError, seed_all
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detection.detectors import Detections, faster_rcnn, own_targets, world_frames
+from reidlit.detection.detectors import Detections,faster_rcnn
+from reidlit.detection.training import own_targets,world_frames
 from reidlit.learner import quiet
 from reidlit.mcssl import (BASELINES, MCSSL, PHASES, PRESETS, baseline, customise,
                            estimate_corruption, exponential_mean, flip_consistency, gather,

@@ -7,7 +7,8 @@ import pytest
 
 from reidlit.data.sets import FrameSet
 from reidlit.data.world import World
-from reidlit.detection.detectors import Detections, own_targets, world_frames
+from reidlit.detection.detectors import Detections
+from reidlit.detection.training import own_targets,world_frames
 from reidlit.geometry import Camera
 from reidlit.mcssl.pseudolabels import (WHICH, BoxAssociation, Sightings, associate_boxes, candidate_pairs, confirm_pairs,
                                   films_of, follow, funnel, pids_of, split_pseudo_labels, tracked_pairs,

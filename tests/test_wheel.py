@@ -68,7 +68,9 @@ def test_command():
 
 
 def test_shipped_weights_came_along():
-    from reidlit.detection.detectors import WEIGHTS, base_detector, to_images
+    from reidlit.detection.detectors import to_images
+    from reidlit.detection.training import base_detector
+    from reidlit.runs import WEIGHTS
     from reidlit.video import reid_for
     assert list(WEIGHTS.glob('base-*.safetensors'))
     found = base_detector(device='cpu').predict(to_images(np.zeros((1, 96, 160, 3), np.uint8)))

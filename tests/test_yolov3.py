@@ -9,11 +9,13 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from reidlit.core import DataError
-from reidlit.detection.detectors import Detections, detector_learner, make_detector, world_frames
+from reidlit.detection.detectors import Detections,make_detector
+from reidlit.detection.training import detector_learner,world_frames
 from reidlit.data.world import World
+from reidlit.detection.yolo_grids import shape_iou
 from reidlit.detection.yolov3 import (BOX_LOSSES, COCO_ANCHORS, STRIDES, TinyDarknet, YoloHead,
                             YoloV3, darknet_tensors, decode, encode, frame_losses,
-                            load_darknet, pad_frames, save_darknet, shape_iou,
+                            load_darknet, pad_frames, save_darknet,
                             tiny_yolov3, upright_anchors, yolov3)
 
 A = torch.tensor(COCO_ANCHORS).float()

@@ -12,8 +12,9 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
 from ..data.sets import FrameSet
-from ..detection.detectors import (Detector,FrameDataset,box_losses,
-    frame_at_size,frame_batch,task_learner,to_images)
+from ..detection.detectors import Detector,to_images
+from reidlit.detection.training import (FrameDataset,box_losses,frame_at_size,
+    frame_batch,task_learner)
 from .pseudolabels import Pairs
 
 # %% ../../nbs/62_mcssl.consistency.ipynb #e169b27c

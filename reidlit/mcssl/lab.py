@@ -17,7 +17,8 @@ from ..data.sets import FrameSet
 from ..data.sets_multiview import MultiviewDetections,pets2009
 from ..data.world import World
 from ..detection import yolov3 # noqa: F401 (base_detector can make one)
-from ..detection.detectors import (Detections,base_detector,detector_learner,
+from ..detection.detectors import Detections
+from ..detection.training import (base_detector,detector_learner,
     detector_scores,own_targets,world_frames)
 from .epipolar import box_fundamentals,epipolar_candidates
 from ..geometry import epipolar_distance
