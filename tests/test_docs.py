@@ -43,6 +43,13 @@ def test_readme_links():
         if not re.match(r'https?:', link): assert (ROOT / link).exists(), link
 
 
+@pytest.mark.parametrize('path', [ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))],
+                         ids=lambda p: p.name)
+def test_page_links(path):
+    for link in re.findall(r'\]\(([^)#\s]+)', path.read_text(encoding='utf-8')):
+        if not re.match(r'https?:', link): assert (path.parent / link).exists(), link
+
+
 def test_readme_is_in_step():
     sys.path.insert(0, str(ROOT / 'tools'))
     import nbs
