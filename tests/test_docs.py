@@ -98,3 +98,31 @@ def test_no_machine_or_registry_in_any_file():
         if f.suffix == '.ipynb':
             text = re.sub(r'"image/(png|jpeg)": "[^"]*"', '', text)
         assert not bad.search(text), f'{f}: {bad.search(text)[0]}'
+
+
+def test_citation():
+    import yaml
+    text = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
+    cff = yaml.safe_load(text)
+    assert cff['cff-version'] == '1.2.0' and {'title', 'message', 'authors'} <= set(cff)
+    settings = (ROOT / 'settings.ini').read_text(encoding='utf-8')
+    assert f"version = {cff['version']}\n" in settings, 'CITATION.cff has another version'
+    assert len(cff['references']) == 5 and 'doi' not in text
+    for r in cff['references']: assert r['title'] and all(a['family-names'] for a in r['authors'])
+
+
+def test_templates():
+    import yaml
+    files = sorted((ROOT / '.github' / 'ISSUE_TEMPLATE').glob('*.md'))
+    assert [f.name for f in files] == ['add-a-set.md', 'bug.md', 'question.md']
+    for f in files:
+        head = yaml.safe_load(f.read_text(encoding='utf-8').split('---\n')[1])
+        assert head['name'] and head['about'], f.name
+    for link in re.findall(r'`((?:docs|tools)/[\w./]+|[A-Z]+\.md)', (ROOT / '.github' / 'pull_request_template.md').read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_no_made_up_address():
+    for name in ('settings.ini', 'reidlit/_modidx.py', 'setup.py'):
+        text = (ROOT / name).read_text(encoding='utf-8')
+        assert not re.search(r'example\.|github\.io|github\.com', text), name
