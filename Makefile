@@ -29,4 +29,4 @@ release: .venv/installed
 	bash tools/release.sh
 
 clean:
-	rm -rf .venv .wheel _book report dist build
+	rm -rf .venv .wheel .wheel312 _book report dist build
