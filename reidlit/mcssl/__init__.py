@@ -21,13 +21,14 @@ from .consistency import consistency_learner,consistency_loss
 from .._moved import moved_names
 from ..core import default_device,logger,rng_for
 from ..data.sets import FrameSet
-from ..detection.detectors import (Detections,Detector,FrameDataset,box_losses,detect,
-    detector_learner,frame_batch,own_targets,task_learner,to_images)
+from reidlit.detection.detectors import (Detections,Detector,FrameDataset,
+    base_detector,box_losses,detect,detector_learner,frame_batch,own_targets,
+    task_learner,to_images)
 from .epipolar import epipolar_candidates
 from ..geometry import fundamental_matrix
 from ..runs import check_folder,fit,make_settings
 from .pseudolabels import (WHICH,associate_boxes,films_of,follow,
-    split_pseudo_labels,tracked_pairs)
+    funnel,split_pseudo_labels,tracked_pairs,true_associations)
 from ..video import film_features,reid_for
 
 # %% ../../nbs/63_mcssl.ipynb #7a0b66ce
