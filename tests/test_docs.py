@@ -126,3 +126,28 @@ def test_no_made_up_address():
     for name in ('settings.ini', 'reidlit/_modidx.py', 'setup.py'):
         text = (ROOT / name).read_text(encoding='utf-8')
         assert not re.search(r'example\.|github\.io|github\.com', text), name
+
+
+def test_api_page(tmp_path):
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import api
+    assert api.write(tmp_path, 'reidlit.core', 'reidlit.data.sets') == ['reidlit.core', 'reidlit.data.sets']
+    text = (tmp_path / 'reidlit.core.md').read_text(encoding='utf-8')
+    assert text.startswith('# reidlit.core\n\n> How can a run be repeated')
+    assert '](../00_core.ipynb)' in text and '\n## seed\\_all\n' in text
+    assert 'seed_all(seed: int) -> torch.Generator' in text and '| `seed` | Any integer from 0 |' in text
+    assert '| *gives* | A fresh generator with the same seed |' in text
+    assert 'ReidSet(images, pids' in text and '| `camids` | Cameras `(N,)` |' in text and '### ReidSet.read\n' in text
+    rows = [l for l in text.splitlines() if l.startswith('|')]
+    assert {len(re.findall(r'(?<!\\)\|', l)) for l in rows} == {3}
+    assert ' at 0x' not in text and str(ROOT) not in text
+    index = (tmp_path / 'reidlit.data.sets.md').read_text(encoding='utf-8')
+    assert '`market1501` (from [reidlit.data.readers.market](reidlit.data.readers.market.md))' in index
+
+
+def test_toc():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import api, nbs
+    toc = nbs.toc(nbs.notebooks(), sorted((ROOT / 'docs').glob('*.md')), api.modules())
+    for name in ('00_core', 'solutions/00_core', 'api/reidlit.core', 'api/reidlit.ics', 'decisions', 'add_a_paper'):
+        assert f'  - file: {name}\n' in toc, name

@@ -200,26 +200,29 @@ def plain(src, dest):
     nbformat.write(nb, dest)
 
 
-def toc(files):
-    "The book's table of contents, a part per decade."
+def toc(files, pages, api):
+    "The book's table of contents, a part per decade; pages of docs/ and of modules at the end."
     lines, part = ['format: jb-book', 'root: index', 'parts:'], None
-    for f in files:
-        if f.stem == 'index': continue
-        here = 'Solutions' if f.parent != NBS else PARTS[f.stem[0]]
+    places = [(PARTS[f.stem[0]] if f.parent == NBS else 'Solutions',
+               f.relative_to(NBS).with_suffix('').as_posix()) for f in files if f.stem != 'index']
+    places += [('API', f'api/{m}') for m in api] + [('Working on it', f.stem) for f in pages]
+    for here, name in places:
         if here != part: lines += [f'- caption: {here}', '  chapters:']
         part = here
-        lines.append(f'  - file: {f.relative_to(NBS).with_suffix("").as_posix()}')
+        lines.append(f'  - file: {name}')
     return '\n'.join(lines) + '\n'
 
 
 def book():
-    "Plain copies of all notebooks beside the book's settings, in `_book/`."
+    "Plain copies of all notebooks beside the book's settings, in `_book/`, and pages made from docments."
+    import api
     dest = ROOT / '_book'
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(ROOT / 'docs', dest, ignore=shutil.ignore_patterns('readme'))
-    files = notebooks()
+    files, pages = notebooks(), sorted(dest.glob('*.md'))
     for f in files: plain(f, dest / f.relative_to(NBS))
-    (dest / '_toc.yml').write_text(toc(files))
+    for f in pages: f.write_text(f.read_text(encoding='utf-8').replace('](../nbs/', ']('), encoding='utf-8')
+    (dest / '_toc.yml').write_text(toc(files, pages, api.write(dest / 'api')))
 
 
 if __name__ == '__main__':
