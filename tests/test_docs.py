@@ -56,6 +56,17 @@ def test_readme_is_in_step():
     assert nbs.readme_text() == (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
+def test_index_lists_all_notebooks():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    table, stored = nbs.contents(), json.loads((NBS / 'index.ipynb').read_text(encoding='utf-8'))
+    for f in NBS.glob('[0-9]*.ipynb'): assert f'| [{f.stem}]({f.name}) | ' in table
+    assert '**2x: Across data sets**' in table
+    outputs = [''.join(o['data']['text/markdown']) for c in stored['cells']
+               if 'contents()' in ''.join(c['source']) for o in c['outputs']]
+    assert outputs == [table], 'run: python tools/nbs.py readme'
+
+
 def places():
     "Rows of the tables in 91: what, source, notebook, section, names."
     for text in texts(NBS / '91_where_is_what.ipynb'):

@@ -155,13 +155,37 @@ def readme_text():
         marks, code = split_cell(c.source)
         if c.cell_type != 'code' or is_hidden(marks): continue
         if code.strip() and 'echo:false' not in marks: parts.append(f'```python\n{code.strip()}\n```')
-        parts += [as_markdown(o, ROOT / 'docs' / 'readme' / f'{i}.png') for o in c.outputs]
+        parts += [to_repo(as_markdown(o, ROOT / 'docs' / 'readme' / f'{i}.png')) for o in c.outputs]
     return '\n\n'.join(parts).strip() + '\n'
 
 
+def refresh():
+    "Bring the stored table of notebooks in index.ipynb up to date, without running anything else."
+    nb = nbformat.read(NBS / 'index.ipynb', 4)
+    data = next(c for c in nb.cells if 'contents()' in c.source).outputs[0].data
+    if data['text/markdown'] == contents(): return
+    data['text/markdown'] = contents()
+    nbformat.write(nb, NBS / 'index.ipynb')
+
+
 def readme():
-    "Write README.md."
+    "Write README.md, after index.ipynb lists all notebooks."
+    refresh()
     (ROOT / 'README.md').write_text(readme_text(), encoding='utf-8')
+
+
+def contents():
+    "All notebooks with title and question, a table per part, for index.ipynb."
+    lines, part = [], None
+    for f in notebooks():
+        if f.parent != NBS or f.stem == 'index': continue
+        title, question = re.match(r'# (.+)\n+> (.+)', nbformat.read(f, 4).cells[0].source).groups()
+        if f.stem[0] != part:
+            part = f.stem[0]
+            lines += ['', f'**{part}x: {PARTS[part]}**', '', '| notebook | title | question |', '|---|---|---|']
+        cells = f'[{f.stem}]({f.name})', title, question
+        lines.append('| ' + ' | '.join(c.replace('|', r'\|') for c in cells) + ' |')
+    return '\n'.join(lines[1:])
 
 
 def fingerprints():
