@@ -56,6 +56,15 @@ def test_readme_is_in_step():
     assert nbs.readme_text() == (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
+def test_links_of_outputs_are_text_in_the_book(tmp_path):
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    nbs.plain(NBS / 'index.ipynb', tmp_path / 'index.ipynb')
+    cells = json.loads((tmp_path / 'index.ipynb').read_text(encoding='utf-8'))['cells']
+    assert any('[00_core](00_core.ipynb)' in t for t in texts(tmp_path / 'index.ipynb'))
+    for c in cells: assert '.ipynb)' not in json.dumps(c.get('outputs', []))
+
+
 def test_index_lists_all_notebooks():
     sys.path.insert(0, str(ROOT / 'tools'))
     import nbs

@@ -218,6 +218,9 @@ def plain(src, dest):
             marks, c.source = split_cell(c.source)
             if is_hidden(marks): continue
             if 'echo:false' in marks: c.metadata['tags'] = ['remove-input']
+            words = [o.get('data', {}).get('text/markdown', '') for o in c.outputs]
+            if 'echo:false' in marks and any('.ipynb)' in w for w in words): # a book follows links in text only
+                c = nbformat.v4.new_markdown_cell('\n\n'.join(words), id=c.id)
         if c.source.strip(): cells.append(c)
     nb.cells = cells
     dest.parent.mkdir(parents=True, exist_ok=True)
