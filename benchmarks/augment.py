@@ -33,8 +33,8 @@ def pairs(size):
     pad = round(10*size[0]/256)
     byte = lambda t: lambda x: t((x*255).byte()).float()/255
     mean, std = A.MEAN, A.STD
-    every = A.Augment(flip=1., brightness=.2, contrast=.15, blur=1., jpeg=1., erasing=1.)
-    jpeg, blur = byte(T.JPEG((30, 95))), T.GaussianBlur(13, (.1, 2.))
+    every = A.Augment(flip=1., brightness=.2, contrast=.15, jpeg=1., erasing=1.)
+    jpeg = byte(T.JPEG((30, 95)))
     crop, flip = T.RandomCrop(size, pad), T.RandomHorizontalFlip(1.)
     erase, norm = T.RandomErasing(1., (.02, .4), (.3, 1/.3)), T.Normalize(mean, std)
     jitter = T.ColorJitter(.2, .15)
@@ -45,14 +45,13 @@ def pairs(size):
         ('brightness, contrast', lambda x: A.color_jitter(x, .2, .15), jitter),
         ('saturation', lambda x: A.color_jitter(x, 0, 0, .2), T.ColorJitter(saturation=.2)),
         ('gamma, gains', lambda x: A.color_jitter(x, 0, 0, 0, .2, .2), None),
-        ('gaussian_blur', lambda x: A.gaussian_blur(x, p=1.), blur),
         ('motion_blur', lambda x: A.motion_blur(x, p=1.), None),
         ('jpeg 4:2:0', lambda x: A.jpeg(x, p=1.), jpeg),
         ('jpeg 4:4:4', lambda x: A.jpeg(x, p=1., subsample=False), None),
         ('normalize', A.normalize, norm),
         ('Augment()', A.Augment(), T.Compose([T.RandomHorizontalFlip(.5), crop, norm,
                                               T.RandomErasing(.5, (.02, .4), (.3, 1/.3))])),
-        ('Augment(everything)', every, T.Compose([flip, crop, jitter, blur, jpeg, norm, erase]))]
+        ('Augment(everything)', every, T.Compose([flip, crop, jitter, jpeg, norm, erase]))]
 
 
 def main():

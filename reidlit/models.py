@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TinyNet', 'keep_last_stride', 'backbone', 'GeM', 'GAP', 'BNNeck', 'ReidOutput', 'ReidModel',
-           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'occlusion_map',
-           'class_activation']
+           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'occlusion_map']
 
 # %% ../nbs/10_models.ipynb #2874d5f0
 import importlib.util
@@ -275,21 +274,3 @@ def occlusion_map(
             out[:, i, j] = (feature(covered)-whole).norm(dim=1)
     model.train(was)
     return out
-
-# %% ../nbs/10_models.ipynb #269d14db
-@torch.no_grad()
-def class_activation(
-    model:ReidModel, # With a classifier and `pool='gap'`
-    images:Tensor, # `(N,3,H,W)`, normalised as in training
-    classes:Tensor # `(N,)` whose evidence to show
-)->tuple[Tensor,Tensor]: # Maps `(N,h,w)`, constants `(N,)`: mean + constant = logit
-    "How much each place speaks for a class."
-    if model.classifier is None: raise ValueError('the model has no classifier')
-    if not isinstance(model.pool, GAP): raise ValueError("needs pool='gap'")
-    was,_ = model.training,model.eval()
-    maps,neck = model.body(images).float(),model.neck
-    model.train(was)
-    w = model.classifier.weight[classes]
-    scale = neck.weight/(neck.running_var+neck.eps).sqrt()
-    constant = w@(neck.bias-scale*neck.running_mean)
-    return torch.einsum('nchw,nc->nhw', maps, w*scale),constant

@@ -143,7 +143,7 @@ def check_folder(
     own = Path(folder)/'checkpoint.json'
     begun = [f for f in (own, *own.parent.glob('*/'+own.name)) if f.exists()]
     if begun and not resume: raise DataError(begun[0].parent, 'holds a checkpoint',
-        'resume=True (--resume) to go on, or another folder')
+        'resume=True to go on (--resume), or another folder')
     return own in begun
 
 # %% ../nbs/12a_runs.ipynb #99f916b1

@@ -11,8 +11,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from reidlit.ics.association import (Association, _agree, camera_blocks, _Nearest, associate,
-                                 association_explorer, nearest_pairs, plot_association,
-                                 show_groups)
+                                 nearest_pairs, plot_association)
 from reidlit.core import rng_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,33 +244,14 @@ def test_errors_name_the_value():
     with pytest.raises(ValueError, match='pids has shape'): associate(x, cams).scores(cams[1:])
 
 
-def test_pictures_and_the_slider():
+def test_a_picture_draws_every_edge():
     x, cams, _ = case(8, False)
     pids = np.arange(len(x))//3
-    crops = rng_for('crops').integers(0, 256, (len(x), 12, 6, 3)).astype(np.uint8)
     a = associate(x, cams)
     for p in (None, pids):
         ax = plot_association(x, a, p, method='pca')
         assert len(ax.collections[0].get_segments()) == len(a.edges)
-    ax = show_groups(a, crops, [0, a.labels.max()], pids)
-    assert [t.get_text() for t in ax.texts if t.get_text()] == [
-        str(p) for k in (0, a.labels.max()) for p in pids[a.labels == k]]
-    show_groups(associate(x, cams, keep_singletons=False), crops)
-    for k in (-1, 999):
-        with pytest.raises(ValueError, match=f'group {k}'): show_groups(a, crops, [k])
-    with pytest.raises(ValueError, match='crops has shape'): show_groups(a, crops[1:])
-    with pytest.raises(ValueError, match='crops has shape'):
-        association_explorer(x, cams, pids, crops[1:])
-    for given in ((pids, crops), (None, None)):
-        w = association_explorer(x, cams, *given, xy=x[:, :2])
-        slider = w.children[0]
-        assert (slider.value, slider.min, slider.max) == (len(x), 1, min(3*len(x), len(table(x, cams)[0])))
-        for S in (1, len(x), slider.max):
-            slider.value = S # draws
-            w.f(S=S)
-        axs = association_explorer(x, cams, *given, S=len(x), xy=x[:, :2])
-        assert axs['a'].get_title() == str(a).split(': ')[1]
-        plt.close('all')
+    plt.close('all')
 
 
 def test_market_cannot_have_that_recall():

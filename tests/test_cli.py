@@ -126,14 +126,19 @@ def test_plain_folder_of_people_trains(tmp_path):
 
 @pytest.mark.parametrize('words, said', [
     (['train', 'baseline', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
-    (['train', 'moon'], "method 'moon'"),
-    (['reproduce', 'moon'], "no experiment 'moon'"),
+    (['train', 'moon'], "paper 'moon'"),
+    (['reproduce', 'moon'], "paper 'moon'"),
+    (['reproduce', 'baseline', '--what', 'figures'], "'figures' on 'world'"),
+    (['train', 'mcssl'], 'customise'), (['train', 'ics', '--variant', 'M9'], "'M9'"),
+    (['train', 'ics', '--set', 'tau=.1', '--preset', 'ci'], "['tau']"),
+    (['train', 'baseline', '--set', 'lr', '--preset', 'ci'], 'NAME=VALUE'),
+    (['train', 'ics', '--source', 'ward=.'], 'ward'),
     (['reproduce', 'crossdataset', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
     (['reproduce', 'crossdataset', '--data', 'market1501', '--root', '.', '--source', 'moon=.'], "'moon=.'"),
     (['train', 'baseline', '--preset', 'huge'], 'huge'),
     (['train', 'baseline', '--device', 'cuda:99', '--people', '40', '--preset', 'ci'], 'cuda:99'),
     (['train', 'baseline', '--device', 'gpu', '--people', '40', '--preset', 'ci'], "device 'gpu'"),
-    (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'checkpoint.json: no such file'),
+    (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'nowhere: no such file'),
     (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
     (['world', 'out', '--people', 'many'], '--people')])
 def test_misuse_is_one_line(words, said, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from real import REAL
-from reidlit.geometry import (Camera, epipolar_distance, epipolar_match,
-                              fundamental_matrix, triangulate)
+from reidlit.geometry import Camera, epipolar_distance, fundamental_matrix, triangulate
+from reidlit.mcssl.epipolar import epipolar_candidates
 
 
 
@@ -110,7 +110,7 @@ def test_wildtrack_position_meets_its_boxes(wildtrack):
 def test_wildtrack_boxes_match_across_views(wildtrack):
     cams, XY, boxes = wildtrack
     F = fundamental_matrix(cams[0], cams[1])
-    assert epipolar_match([boxes[0]], [boxes[1]], F).all()
+    assert epipolar_candidates([boxes[0]], [boxes[1]], F).all()
     foot = [[(b[0]+b[2])/2, b[3]] for b in boxes.values()]
     assert epipolar_distance(*foot, F) < 10
     X, miss = triangulate(cams[:2], foot)
@@ -172,7 +172,7 @@ def test_pets_feet_meet_on_the_ground(pets, view):
 
 @pytest.mark.parametrize('view', VIEWS)
 def test_pets_true_pairs_stay_compatible(pets, view):
-    "Boxes whose feet meet touch each other's bands."
+    "Boxes whose feet meet lie in each other's regions."
     cams, boxes = pets
     one, two = cams['View_001'], cams[view]
     F = fundamental_matrix(one, two)
@@ -182,5 +182,5 @@ def test_pets_true_pairs_stay_compatible(pets, view):
         a, b = boxes['View_001'][k], boxes[view][k]
         if not len(a) or not len(b): continue
         near = np.linalg.norm(feet(one, a)[:, None] - feet(two, b), axis=-1) < 700
-        hits += [*epipolar_match(straight(one, a), straight(two, b), F, 10)[near]]
+        hits += [*epipolar_candidates(straight(one, a), straight(two, b), F, 10)[near]]
     assert len(hits) > 50 and np.mean(hits) > .95

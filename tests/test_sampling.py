@@ -11,36 +11,29 @@ from reidlit.data.sampling import (CameraPKSampler, PKSampler, TrackletSampler,
 
 
 def labels(seed):
-    "Random identities, cameras, and a p, k, world_size that fit them."
+    "Random identities, cameras, and a p and k that fit them."
     g = rng_for('test sampling', seed)
     n = int(g.integers(6, 40))
     sizes = np.maximum(1, g.lognormal(1.2, 1, n)).astype(int)
     pids = g.permutation(np.repeat(g.choice(1000, n, replace=False), sizes))
     camids = g.integers(0, g.integers(1, 7), len(pids))
-    world = int(g.integers(1, 4))
-    return pids, camids, int(g.integers(1, n//world+1)), int(g.integers(1, 6)), world
+    return pids, camids, int(g.integers(1, n+1)), int(g.integers(1, 6))
 
 
 @pytest.mark.parametrize('seed', range(40))
 @pytest.mark.parametrize('kind', ['pk', 'camera'])
 def test_promises(seed, kind):
-    pids, camids, p, k, world = labels(seed)
-
-    def make(rank, **kw):
-        kw = dict(p=p, k=k, seed=seed, rank=rank, world_size=world) | kw
-        return PKSampler(pids, **kw) if kind == 'pk' else CameraPKSampler(pids, camids, **kw)
-    ranks = [make(r) for r in range(world)]
+    pids, camids, p, k = labels(seed)
+    s = PKSampler(pids, p, k, seed) if kind == 'pk' else CameraPKSampler(pids, camids, p, k, seed=seed)
     for epoch in (0, 1):
-        batches = [list(s) for s in ranks]
-        assert {len(b) for b in batches} == {len(ranks[0])}
-        assert all(s.epoch == epoch+1 for s in ranks)
-        for step in zip(*batches):
-            rows = np.concatenate(step)
-            assert rows.shape == (p*k*world,)
-            # every person of the step k times, in one hand, on one rank
+        batches = list(s)
+        assert len(batches) == len(s) and s.epoch == epoch+1
+        for rows in batches:
+            assert rows.shape == (p*k,)
+            # every person of the batch k times, in one hand
             hands = pids[rows].reshape(-1, k)
             assert (hands == hands[:, :1]).all()
-            assert len(set(hands[:, 0])) == p*world
+            assert len(set(hands[:, 0])) == p
             for hand in rows.reshape(-1, k):
                 owned = (pids == pids[hand[0]]).sum()
                 assert len(set(hand)) == min(k, owned) or kind == 'camera'
@@ -48,18 +41,18 @@ def test_promises(seed, kind):
                     cams = len(set(camids[pids == pids[hand[0]]]))
                     assert len(set(camids[hand])) == min(k, cams)
                     if owned >= k: assert len(set(hand)) == k
-        all_rows = np.concatenate([np.concatenate(b) for b in batches])
-        assert (np.bincount(all_rows, minlength=len(pids)) == ranks[0].counts(epoch)).all()
-        assert set(all_rows) == set(range(len(pids)))
-    s = ranks[0].summary()
-    assert s['missed'] == 0 and s['drawn'] == len(ranks[0])*p*k*world
-    assert s['drawn']-s['repeats'] == s['rows'] == len(pids)
+        rows = np.concatenate(batches)
+        assert (np.bincount(rows, minlength=len(pids)) == s.counts(epoch)).all()
+        assert set(rows) == set(range(len(pids)))
+    got = s.summary()
+    assert got['missed'] == 0 and got['drawn'] == len(s)*p*k
+    assert got['drawn']-got['repeats'] == got['rows'] == len(pids)
 
 
 @pytest.mark.parametrize('seed', range(20))
 def test_no_batch_more_than_needed(seed):
     "The length is the least that shows everything: seats or the largest person."
-    pids, _, p, k, _ = labels(seed)
+    pids, _, p, k = labels(seed)
     need = -(-np.unique(pids, return_counts=True)[1]//k)
     assert len(PKSampler(pids, p, k)) == max(-(-need.sum()//p), need.max())
     once = PKSampler(pids, p, k, visits=1)

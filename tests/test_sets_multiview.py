@@ -25,7 +25,8 @@ from reidlit.data.sets_multiview import (MULTIVIEWX, Film, RoadSet,
                                          write_multiviewx)
 from reidlit.data.world import World
 from reidlit.data.writers import write_wildtrack
-from reidlit.geometry import Camera, epipolar_match, fundamental_matrix
+from reidlit.geometry import Camera, fundamental_matrix
+from reidlit.mcssl.epipolar import epipolar_candidates
 
 TIMES = range(0, 20, 5)
 
@@ -528,7 +529,7 @@ def test_pets_feet_meet(pets, view):
 
 
 def test_pets_straightened(pets):
-    "Boxes of one person touch each other's bands, and few boxes are lost."
+    "Boxes of one person lie in each other's regions, and few boxes are lost."
     p = pets.undistorted()
     assert isinstance(p.boxes[0][0][0], np.ndarray) and not p.cameras[0].dist.any()
     lost = len(p.dropped)
@@ -537,7 +538,7 @@ def test_pets_straightened(pets):
     for t in range(0, 790, 20):
         a, b = p.at(0, t, .9)[0], p.at(3, t, .9)[0]
         near = np.linalg.norm(p.feet(0, t, .9)[:, None] - p.feet(3, t, .9), axis=-1) < .7
-        hits += [*epipolar_match(a, b, F, 10)[near]]
+        hits += [*epipolar_candidates(a, b, F, 10)[near]]
     assert len(hits) > 20 and np.mean(hits) > .95
 
 

@@ -259,11 +259,9 @@ class PositivesSampler(BatchSampler):
         rows:list, # Pictures of each tracklet, T arrays
         p:int=18, # A batch has `p*k` pictures
         k:int=4, # Mutually positive ones, half of each tracklet
-        seed:int=0, # Another seed, another order
-        rank:int=0, # This process, from 0
-        world_size:int=1 # Number of processes
+        seed:int=0 # Another seed, another order
     ):
-        super().__init__(seed, rank, world_size)
+        super().__init__(seed)
         if min(p, k)<2: raise ValueError(f'p={p}, k={k}: expected 2 or more')
         if len(negatives)!=len(positives): raise ValueError(
             f'negatives of {len(negatives)} pairs for {len(positives)} pairs')
@@ -278,24 +276,23 @@ class PositivesSampler(BatchSampler):
                           for n in negatives]
         used = [rows[a] for i in self.kept for a in self.pairs[i]]
         self.size,pictures = sum(map(len, rows)),sum(map(len, used))
-        self.steps = max(1, -(-pictures//(k*world_size))) # N_pos/K
+        self.steps = max(1, -(-pictures//k)) # N_pos/K
 
     def __len__(self): return self.steps
 
     def plan(self,
         epoch:int # From 0
-    )->np.ndarray: # Rows `(steps, world_size, p*k)`, positives first
-        "All ranks' batches of one epoch, the same whenever it is asked."
+    )->np.ndarray: # Rows `(steps, p, k)`, positives first
+        "The batches of one epoch, the same whenever it is asked."
         rng = rng_for(self.seed, 'positives', epoch)
-        n,out = self.steps*self.world_size,[]
-        turns = -(-n//len(self.kept))
+        out,turns = [],-(-self.steps//len(self.kept))
         order = [rng.permutation(self.kept) for _ in range(turns)]
         sizes = self.k//2,self.k-self.k//2,(self.p-1)*self.k
-        for i in np.concatenate(order)[:n]:
+        for i in np.concatenate(order)[:self.steps]:
             a,b = (self.rows[t] for t in self.pairs[i])
             out.append(np.concatenate([deal(r, [m], rng)[0] for r,m in
                                        zip((a, b, self.negatives[i]), sizes)]))
-        return np.reshape(out, (self.steps, self.world_size, -1))
+        return np.reshape(out, (self.steps, self.p, self.k))
 
 # %% ../../nbs/21_crossdataset.ipynb #e74a6493
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'MEAN', 'STD', 'to_float', 'to_uint8', 'random_flip', 'pad_crop', 'erasing_boxes', 'random_erasing',
-           'adjust_color', 'color_jitter', 'blur_matrix', 'blur', 'gaussian_blur', 'line_kernel', 'motion_blur',
-           'dct_matrix', 'jpeg_tables', 'compress', 'jpeg', 'normalize', 'denormalize', 'Augment']
+           'adjust_color', 'color_jitter', 'line_kernel', 'motion_blur', 'dct_matrix', 'jpeg_tables', 'compress',
+           'jpeg', 'normalize', 'denormalize', 'Augment']
 
 # %% ../../nbs/06_data.augment.ipynb #15cf18af
 import functools,math
@@ -118,7 +118,7 @@ def random_erasing(
     p:float=.5, # Chance of each picture
     area:tuple=(.02, .4), # Least and greatest share of the picture
     r1:float=.3, # Least height/width; the greatest is `1/r1`
-    value=0., # A number, three numbers, or `'noise'` (normal)
+    value=0., # A number or three
     generator:torch.Generator|None=None # Source of chance
 )->torch.Tensor: # `(N,3,H,W)`
     "Pictures with a rectangle erased, each with chance `p`."
@@ -127,10 +127,7 @@ def random_erasing(
     rows,cols = [torch.arange(n, device=x.device) for n in (H, W)]
     t,l,h,w = boxes[..., None].unbind(1)
     tall,wide = (rows>=t) & (rows<t+h),(cols>=l) & (cols<l+w)
-    if value=='noise':
-        on = x.device if generator is None else generator.device
-        fill = torch.randn(x.shape, generator=generator, device=on).to(x.device)
-    else: fill = x.new_tensor(value).expand(3)[:, None, None].expand_as(x)
+    fill = x.new_tensor(value).expand(3)[:, None, None].expand_as(x)
     def erase(x, tall, wide, fill):
         return torch.where((tall[:, :, None] & wide[:, None])[:, None], fill, x)
     return _some(x, p, generator, erase, tall, wide, fill)
@@ -185,47 +182,6 @@ def color_jitter(
         on = [v if g else None for v,g in zip(values, given)]
         return adjust_color(x, *on)
     return _some(x, p, generator, f, factors, gammas)
-
-# %% ../../nbs/06_data.augment.ipynb #ab60726a
-def blur_matrix(
-    weights:torch.Tensor, # A row of weights for each picture `(N,2r+1)`
-    length:int # Pixels `n`, more than `r`
-)->torch.Tensor: # `(N,n,n)`
-    "Matrices that blur a column of `n` pixels, mirrored at the ends."
-    r = weights.shape[1]//2
-    if length<=r: raise ValueError(f'{length} pixels: expected more than {r}')
-    i = torch.arange(length, device=weights.device)
-    j = (i[:, None]+torch.arange(-r, r+1, device=weights.device)).abs()
-    j = torch.where(j<length, j, 2*(length-1)-j)
-    out = weights.new_zeros(len(weights), length, length)
-    return out.scatter_add_(2, j.expand(len(weights), -1, -1),
-                            weights[:, None].expand(-1, length, -1))
-
-# %% ../../nbs/06_data.augment.ipynb #06d19d2f
-@_float32
-def blur(
-    x:torch.Tensor, # `(N,3,H,W)`
-    sigma:torch.Tensor, # Width of the bell for each picture `(N,)` in pixels
-    radius:int=6 # Neighbours on each side; three sigma are plenty
-)->torch.Tensor: # `(N,3,H,W)`
-    "Pictures blurred by given amounts."
-    d = torch.arange(-radius, radius+1, device=x.device)
-    w = torch.exp(-.5*(d/sigma[:, None].clamp(min=1e-3))**2)
-    w = w/w.sum(1, keepdim=True)
-    down,across = [blur_matrix(w, n)[:, None] for n in x.shape[2:]]
-    return down@x@across.transpose(2, 3)
-
-@_float32
-def gaussian_blur(
-    x:torch.Tensor, # `(N,3,H,W)`
-    sigma:tuple=(.1, 2.), # Least and greatest width in pixels
-    p:float=.5, # Chance of each picture
-    generator:torch.Generator|None=None # Source of chance
-)->torch.Tensor: # `(N,3,H,W)`
-    "Pictures out of focus, each with chance `p` and its own width."
-    s = _between(_draw(x, generator), *sigma)
-    f = functools.partial(blur, radius=math.ceil(3*sigma[1]))
-    return _some(x, p, generator, f, s)
 
 # %% ../../nbs/06_data.augment.ipynb #40e34a3a
 def line_kernel(
@@ -367,8 +323,6 @@ class Augment:
     saturation:float=0. # As in `color_jitter`
     gain:float=0. # As in `color_jitter`
     gamma:float=0. # As in `color_jitter`
-    blur:float=0. # Chance of a Gaussian blur
-    sigma:tuple=(.1, 2.) # Its least and greatest width in pixels
     motion:float=0. # Chance of a motion blur
     length:tuple=(1., 10.) # Its least and greatest length in pixels
     jpeg:float=0. # Chance of a compression
@@ -399,7 +353,6 @@ def __call__(self:Augment,
     color = self.brightness,self.contrast,self.saturation,self.gain,self.gamma
     if any(color): x = color_jitter(x, *color, generator=g)
     if self.motion: x = motion_blur(x, self.length, p=self.motion, generator=g)
-    if self.blur: x = gaussian_blur(x, self.sigma, self.blur, g)
     if self.jpeg: x = jpeg(x, self.quality, self.jpeg, generator=g)
     x = normalize(x)
     if self.erasing:

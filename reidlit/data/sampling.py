@@ -13,15 +13,10 @@ from ..core import rng_for
 
 # %% ../../nbs/05_data.sampling.ipynb #b2084b70
 class BatchSampler:
-    "Batches of row numbers from `plan(epoch)`, a share for each rank."
+    "Batches of row numbers from `plan(epoch)`."
     def __init__(self,
-        seed:int=0, # Another seed, another order
-        rank:int=0, # This process, from 0
-        world_size:int=1 # Number of processes
-    ):
-        if not 0 <= rank < world_size:
-            raise ValueError(f'rank {rank}: expected 0..{world_size-1}')
-        self.seed,self.rank,self.world_size,self.epoch = seed,rank,world_size,0
+        seed:int=0 # Another seed, another order
+    ): self.seed,self.epoch = seed,0
 
     def set_epoch(self,
         epoch:int # From 0; the next iteration yields this epoch's batches
@@ -31,17 +26,15 @@ class BatchSampler:
 
     def plan(self,
         epoch:int # From 0
-    )->np.ndarray: # Rows `(batches, p*world_size, k, ...)`
-        "All ranks' batches of an epoch; a subclass says which."
+    )->np.ndarray: # Rows `(batches, p, k, ...)`
+        "All batches of an epoch; a subclass says which."
         raise NotImplementedError
 
     def __len__(self): return len(self.plan(self.epoch))
 
     def __iter__(self):
         plan,self.epoch = self.plan(self.epoch),self.epoch+1
-        for b in plan:
-            b = b[self.rank::self.world_size]
-            yield b.reshape(-1, *b.shape[2:])
+        for b in plan: yield b.reshape(-1, *b.shape[2:])
 
 # %% ../../nbs/05_data.sampling.ipynb #713ec238
 def deal(
@@ -86,15 +79,13 @@ class PKSampler(BatchSampler):
     "Batches of `p` people times `k` pictures; an epoch shows every picture."
     def __init__(self,
         pids, # Identities `(N,)`, 0 or more
-        p:int=16, # People in this rank's batch
+        p:int=16, # People in a batch
         k:int=4, # Pictures of each
         seed:int=0, # Another seed, another order
-        visits:int|None=None, # Most hands a person gets; `None`: all it needs
-        rank:int=0, # This process, from 0
-        world_size:int=1 # Number of processes; a step has `p*world_size` people
+        visits:int|None=None # Most hands a person gets; `None`: all it needs
     ):
-        super().__init__(seed, rank, world_size)
-        pids = np.asarray(pids); self.k,self.seats = k,p*world_size
+        super().__init__(seed)
+        pids = np.asarray(pids); self.p,self.k = p,k
         if min(p, k)<1 or (visits is not None and visits<1):
             raise ValueError(f'p={p}, k={k}, visits={visits}: '
                              'expected 1 or more')
@@ -102,15 +93,14 @@ class PKSampler(BatchSampler):
             raise ValueError(f'{(pids<0).sum()} pids below 0: '
                              'take those rows out')
         self.size,people = len(pids),np.unique(pids)
-        if len(people) < self.seats:
-            need = f'{self.seats} ({p} x {world_size} ranks)'
-            raise ValueError(f'{len(people)} people, but a step needs {need}: '
+        if len(people)<p:
+            raise ValueError(f'{len(people)} people, but a step needs {p}: '
                              'lower p')
         order = np.argsort(pids, kind='stable')
         self.rows = np.split(order, np.searchsorted(pids[order], people[1:]))
         self.needed = np.array([self._need(r) for r in self.rows])
         self.hands = np.minimum(self.needed, visits or self.needed)
-        self.batches = max(-(-self.hands.sum()//self.seats), self.hands.max())
+        self.batches = max(-(-self.hands.sum()//self.p), self.hands.max())
 
     def __len__(self): return int(self.batches)
     def _need(self, rows): return -(-len(rows)//self.k)
@@ -120,13 +110,13 @@ class PKSampler(BatchSampler):
 @patch
 def plan(self:PKSampler,
     epoch:int # From 0
-)->np.ndarray: # Rows `(batches, p*world_size, k)`
-    "All ranks' batches of one epoch, the same whenever it is asked."
+)->np.ndarray: # Rows `(batches, p, k)`
+    "The batches of one epoch, the same whenever it is asked."
     rng,hands = rng_for(self.seed, 'PK', epoch),self.hands.copy()
-    while spare := self.batches*self.seats-hands.sum():
+    while spare := self.batches*self.p-hands.sum():
         free = np.flatnonzero(hands < self.batches)
         hands[rng.permutation(free)[:spare]] += 1
-    who = arrange(hands, self.batches, self.seats, rng)
+    who = arrange(hands, self.batches, self.p, rng)
     dealt = [iter(rng.permutation(self._deal(r, h, rng)))
              for r,h in zip(self.rows, hands)]
     return np.array([[next(dealt[i]) for i in batch] for batch in who])
@@ -135,7 +125,7 @@ def plan(self:PKSampler,
 @patch
 def counts(self:BatchSampler,
     epoch:int=0 # From 0
-)->np.ndarray: # `(N,)`, over all ranks
+)->np.ndarray: # `(N,)`
     "How often an epoch draws each row."
     rows = np.concatenate([np.ravel(b) for b in self.plan(epoch)])
     return np.bincount(rows, minlength=self.size)
@@ -144,7 +134,7 @@ def counts(self:BatchSampler,
 def summary(self:BatchSampler,
     epoch:int=0 # From 0
 )->dict: # batches, drawn, rows, missed, repeats, most
-    "What an epoch draws, leaves out and repeats, over all ranks."
+    "What an epoch draws, leaves out and repeats."
     c = self.counts(epoch)
     return dict(batches=len(self), drawn=int(c.sum()), rows=len(c),
                 missed=int((c==0).sum()), repeats=int((c-1).clip(0).sum()),
@@ -156,7 +146,7 @@ def summary(self:PKSampler,
     epoch:int=0 # From 0
 )->dict: # As `BatchSampler.summary`, and people, short, spare
     "What an epoch draws, leaves out and repeats, and why."
-    spare = self.batches*self.seats-self.hands.sum()
+    spare = self.batches*self.p-self.hands.sum()
     short = sum(len(r) < self.k for r in self.rows)
     return BatchSampler.summary(self, epoch) | dict(
         people=len(self.rows), short=short, spare=int(spare))
@@ -186,9 +176,9 @@ class CameraPKSampler(PKSampler):
     def __init__(self,
         pids, # Identities `(N,)`, 0 or more
         camids, # Cameras `(N,)`
-        p:int=16, # People in this rank's batch
+        p:int=16, # People in a batch
         k:int=4, # Pictures of each
-        **kwargs # seed, visits, rank, world_size of `PKSampler`
+        **kwargs # seed, visits of `PKSampler`
     ):
         if camids is None:
             raise ValueError('camids is None: without cameras use PKSampler')
@@ -240,11 +230,11 @@ class TrackletSampler(PKSampler):
     def __init__(self,
         pids, # Identities `(N,)`, a row per picture
         tids, # Tracklets `(N,)`, each of one person
-        p:int=16, # People in this rank's batch
+        p:int=16, # People in a batch
         k:int=4, # Tracklets of each
         n:int=8, # Frames of each
         frames=None, # Frame numbers `(N,)`; `None` keeps the order of rows
-        **kwargs # seed, visits, rank, world_size of `PKSampler`
+        **kwargs # seed, visits of `PKSampler`
     ):
         pids,self.n = np.asarray(pids),n
         ids,self.clips = tracklet_rows(tids, frames)
@@ -257,8 +247,8 @@ class TrackletSampler(PKSampler):
 
     def plan(self,
         epoch:int # From 0
-    )->np.ndarray: # Rows `(batches, p*world_size, k, n)`
-        "All ranks' clips of one epoch, the same whenever it is asked."
+    )->np.ndarray: # Rows `(batches, p, k, n)`
+        "The clips of one epoch, the same whenever it is asked."
         tracks = PKSampler.plan(self, epoch)
         rng = rng_for(self.seed, 'clips', epoch)
         pick = lambda r: r[pick_frames(len(r), self.n, rng)]

@@ -55,7 +55,7 @@ def drop_single_camera(
     return items[np.isin(items.pids, people[seen>1])]
 
 # %% ../../nbs/05e_data.switching.ipynb #e441b5ce
-def _parts(pids, sources, ps, k, seed, ranks):
+def _parts(pids, sources, ps, k, seed):
     "Rows of each set, and its own `PKSampler`."
     pids,sources = np.asarray(pids),np.asarray(sources)
     if pids.shape!=sources.shape:
@@ -63,7 +63,7 @@ def _parts(pids, sources, ps, k, seed, ranks):
     names,out = np.unique(sources),[]
     for name,p in zip(names, np.broadcast_to(ps, len(names))):
         rows = np.flatnonzero(sources==name)
-        try: out.append((rows, PKSampler(pids[rows], int(p)*ranks, k, seed)))
+        try: out.append((rows, PKSampler(pids[rows], int(p), k, seed)))
         except ValueError as e: raise ValueError(f'set {name}: {e}') from None
     return out
 
@@ -79,18 +79,16 @@ class SwitchSampler(BatchSampler):
     def __init__(self,
         pids, # Identities `(N,)`, different in different sets
         sources, # Data set of each row `(N,)`
-        p:int=18, # People in this rank's batch
+        p:int=18, # People in a batch
         k:int=4, # Pictures of each
         *, batches:int|None=None, # In an epoch; `None`: as many as show all
         draw:str='images', # By each set's pictures, or `'uniform'`
-        seed:int=0, # Another seed, another order
-        rank:int=0, # This process, from 0
-        world_size:int=1 # Number of processes
+        seed:int=0 # Another seed, another order
     ):
-        super().__init__(seed, rank, world_size)
+        super().__init__(seed)
         if draw not in ('images', 'uniform'):
             raise ValueError(f"draw={draw!r}: expected 'images' or 'uniform'")
-        self.parts = _parts(pids, sources, p, k, seed, world_size)
+        self.parts = _parts(pids, sources, p, k, seed)
         self.size = len(pids)
         n = np.array([len(rows) for rows,_ in self.parts], float)
         self.shares = n/n.sum() if draw=='images' else np.full(len(n), 1/len(n))
@@ -100,8 +98,8 @@ class SwitchSampler(BatchSampler):
 
     def plan(self,
         epoch:int # From 0
-    )->np.ndarray: # Rows `(batches, p*world_size, k)`
-        "All ranks' batches of an epoch, the same whenever it is asked."
+    )->np.ndarray: # Rows `(batches, p, k)`
+        "The batches of an epoch, the same whenever it is asked."
         rng = rng_for(self.seed, 'switch', epoch)
         which = rng.choice(len(self.parts), self.batches, p=self.shares)
         plans = [iter(_passes(part, (which==i).sum(), epoch))
@@ -123,7 +121,7 @@ class EqualSampler(BatchSampler):
         n = len(np.unique(sources))
         if n>p: raise ValueError(f'{n} sets do not fit in a batch of {p} people')
         ps = [len(o) for o in np.array_split(np.arange(p), n)]
-        self.parts,self.size = _parts(pids, sources, ps, k, seed, 1),len(pids)
+        self.parts,self.size = _parts(pids, sources, ps, k, seed),len(pids)
         self.batches = batches or max(len(s) for _,s in self.parts)
 
     def __len__(self): return self.batches

@@ -21,9 +21,9 @@ from .consistency import consistency_learner,consistency_loss
 from .._moved import moved_names
 from ..core import default_device,logger,rng_for
 from ..data.sets import FrameSet
-from reidlit.detection.detectors import (Detections,Detector,FrameDataset,
-    base_detector,box_losses,detect,detector_learner,frame_batch,own_targets,
-    task_learner,to_images)
+from ..detection.detectors import (Detections,Detector,FrameDataset,
+    base_detector,box_losses,detect,
+    detector_learner,frame_batch,own_targets,task_learner,to_images)
 from .epipolar import epipolar_candidates
 from ..geometry import fundamental_matrix
 from ..runs import check_folder,fit,make_settings

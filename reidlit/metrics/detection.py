@@ -9,8 +9,9 @@ __all__ = ['COCO_IOUS', 'MCSSL_IOUS', 'box_iou', 'match_boxes', 'precision_recal
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-import numpy as np
+import numpy as np,torch
 from fastcore.basics import patch
+from torchvision import ops
 from ..core import as_boxes,check_shapes
 
 # %% ../../nbs/08_metrics.detection.ipynb #15c0c3e2
@@ -19,13 +20,8 @@ def box_iou(
     b # Boxes xyxy in pixels `(M,4)`
 )->np.ndarray: # `(N,M)` float64, 0..1; 0 for boxes without area
     "IoU of every pair; `ValueError` for a box that is not xyxy or not finite."
-    a,b = as_boxes(a, 'a'),as_boxes(b, 'b')
-    lo = np.maximum(a[:, None, :2], b[None, :, :2])
-    hi = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    both = (hi-lo).clip(0).prod(-1)
-    area = lambda o: (o[:, 2:]-o[:, :2]).prod(-1)
-    either = area(a)[:, None] + area(b) - both
-    return both/np.where(either>0, either, 1)
+    a,b = (torch.from_numpy(as_boxes(o, n)) for o,n in ((a, 'a'), (b, 'b')))
+    return ops.box_iou(a, b).nan_to_num().numpy()
 
 # %% ../../nbs/08_metrics.detection.ipynb #5d581c44
 def match_boxes(
