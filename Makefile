@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lab book clean
+.PHONY: help demo test lab book release clean
 help:
-	@echo 'make demo   train on the embedded world, write report/index.html'
-	@echo 'make test   everything that CI runs'
-	@echo 'make lab    JupyterLab on nbs/'
-	@echo 'make book   the book, in _book/_build/html/index.html'
+	@echo 'make demo      train on the embedded world, write report/index.html'
+	@echo 'make test      everything that CI runs'
+	@echo 'make lab       JupyterLab on nbs/'
+	@echo 'make book      the book, in _book/_build/html/index.html'
+	@echo 'make release   check, build and tag the version in settings.ini; uploads nothing'
 
 .venv/installed: constraints.txt settings.ini setup.py
 	PYTHON='$(PYTHON)' bash tools/install.sh
@@ -24,5 +25,8 @@ lab: .venv/installed
 book: .venv/installed
 	bash tools/book.sh
 
+release: .venv/installed
+	bash tools/release.sh
+
 clean:
-	rm -rf .venv .wheel _book report dist build
+	rm -rf .venv .wheel .wheel312 _book report dist build

@@ -10,10 +10,9 @@ c = config['DEFAULT']
 many = lambda key: c.get(key, '').split()
 setup(
     name=c['lib_name'], version=c['version'], description=c['description'],
-    keywords=c['keywords'], author=c['author'], author_email=c['author_email'],
-    license='Apache-2.0', url=c['git_url'],
+    keywords=c['keywords'], author=c['author'], license='Apache-2.0',
     packages=find_packages(include=[c['lib_path'], c['lib_path'] + '.*']),
-    package_data={c['lib_path']:['weights/*.safetensors']}, zip_safe=False,
+    package_data={c['lib_path']:['py.typed', 'weights/*.safetensors']}, zip_safe=False,
     python_requires='>=' + c['min_python'],
     install_requires=many('requirements'),
     extras_require=dict(dev=many('dev_requirements'),

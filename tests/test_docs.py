@@ -43,10 +43,37 @@ def test_readme_links():
         if not re.match(r'https?:', link): assert (ROOT / link).exists(), link
 
 
+@pytest.mark.parametrize('path', [ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))],
+                         ids=lambda p: p.name)
+def test_page_links(path):
+    for link in re.findall(r'\]\(([^)#\s]+)', path.read_text(encoding='utf-8')):
+        if not re.match(r'https?:', link): assert (path.parent / link).exists(), link
+
+
 def test_readme_is_in_step():
     sys.path.insert(0, str(ROOT / 'tools'))
     import nbs
     assert nbs.readme_text() == (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+def test_links_of_outputs_are_text_in_the_book(tmp_path):
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    nbs.plain(NBS / 'index.ipynb', tmp_path / 'index.ipynb')
+    cells = json.loads((tmp_path / 'index.ipynb').read_text(encoding='utf-8'))['cells']
+    assert any('[00_core](00_core.ipynb)' in t for t in texts(tmp_path / 'index.ipynb'))
+    for c in cells: assert '.ipynb)' not in json.dumps(c.get('outputs', []))
+
+
+def test_index_lists_all_notebooks():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    table, stored = nbs.contents(), json.loads((NBS / 'index.ipynb').read_text(encoding='utf-8'))
+    for f in NBS.glob('[0-9]*.ipynb'): assert f'| [{f.stem}]({f.name}) | ' in table
+    assert '**2x: Across data sets**' in table
+    outputs = [''.join(o['data']['text/markdown']) for c in stored['cells']
+               if 'contents()' in ''.join(c['source']) for o in c['outputs']]
+    assert outputs == [table], 'run: python tools/nbs.py readme'
 
 
 def places():
@@ -91,3 +118,56 @@ def test_no_machine_or_registry_in_any_file():
         if f.suffix == '.ipynb':
             text = re.sub(r'"image/(png|jpeg)": "[^"]*"', '', text)
         assert not bad.search(text), f'{f}: {bad.search(text)[0]}'
+
+
+def test_citation():
+    import yaml
+    text = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
+    cff = yaml.safe_load(text)
+    assert cff['cff-version'] == '1.2.0' and {'title', 'message', 'authors'} <= set(cff)
+    settings = (ROOT / 'settings.ini').read_text(encoding='utf-8')
+    assert f"version = {cff['version']}\n" in settings, 'CITATION.cff has another version'
+    assert len(cff['references']) == 5 and 'doi' not in text
+    for r in cff['references']: assert r['title'] and all(a['family-names'] for a in r['authors'])
+
+
+def test_templates():
+    import yaml
+    files = sorted((ROOT / '.github' / 'ISSUE_TEMPLATE').glob('*.md'))
+    assert [f.name for f in files] == ['add-a-set.md', 'bug.md', 'question.md']
+    for f in files:
+        head = yaml.safe_load(f.read_text(encoding='utf-8').split('---\n')[1])
+        assert head['name'] and head['about'], f.name
+    for link in re.findall(r'`((?:docs|tools)/[\w./]+|[A-Z]+\.md)', (ROOT / '.github' / 'pull_request_template.md').read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_no_made_up_address():
+    for name in ('settings.ini', 'reidlit/_modidx.py', 'setup.py'):
+        text = (ROOT / name).read_text(encoding='utf-8')
+        assert not re.search(r'example\.|github\.io|github\.com', text), name
+
+
+def test_api_page(tmp_path):
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import api
+    assert api.write(tmp_path, 'reidlit.core', 'reidlit.data.sets') == ['reidlit.core', 'reidlit.data.sets']
+    text = (tmp_path / 'reidlit.core.md').read_text(encoding='utf-8')
+    assert text.startswith('# reidlit.core\n\n> How can a run be repeated')
+    assert '](../00_core.ipynb)' in text and '\n## seed\\_all\n' in text
+    assert 'seed_all(seed: int) -> torch.Generator' in text and '| `seed` | Any integer from 0 |' in text
+    assert '| *gives* | A fresh generator with the same seed |' in text
+    assert 'ReidSet(images, pids' in text and '| `camids` | Cameras `(N,)` |' in text and '### ReidSet.read\n' in text
+    rows = [l for l in text.splitlines() if l.startswith('|')]
+    assert {len(re.findall(r'(?<!\\)\|', l)) for l in rows} == {3}
+    assert ' at 0x' not in text and str(ROOT) not in text
+    index = (tmp_path / 'reidlit.data.sets.md').read_text(encoding='utf-8')
+    assert '`market1501` (from [reidlit.data.readers.market](reidlit.data.readers.market.md))' in index
+
+
+def test_toc():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import api, nbs
+    toc = nbs.toc(nbs.notebooks(), sorted((ROOT / 'docs').glob('*.md')), api.modules())
+    for name in ('00_core', 'solutions/00_core', 'api/reidlit.core', 'api/reidlit.ics', 'decisions', 'add_a_paper'):
+        assert f'  - file: {name}\n' in toc, name

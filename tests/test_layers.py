@@ -87,6 +87,12 @@ def test_private_imports_are_found():
 
 
 ROOT = NBS.parent
+@pytest.mark.parametrize('name', ORDER)
+def test_all_names_are_there(name):
+    module = importlib.import_module(name)
+    assert not [k for k in getattr(module, '__all__', ()) if not hasattr(module, k)]
+
+
 SOURCES = sorted(f for f in [*ROOT.glob('reidlit/**/*.py'), *ROOT.glob('benchmarks/*.py'),
                              *ROOT.glob('nbs/**/*.ipynb')] if '.ipynb_checkpoints' not in f.parts)
 

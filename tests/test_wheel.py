@@ -76,3 +76,8 @@ def test_shipped_weights_came_along():
     found = base_detector(device='cpu').predict(to_images(np.zeros((1, 96, 160, 3), np.uint8)))
     assert len(found) == 1
     for kind in ('people', 'vehicles'): assert 0 < reid_for(kind, 'cpu')[1] < 2
+
+
+def test_type_information_came_along():
+    import reidlit
+    assert (Path(reidlit.__file__).parent / 'py.typed').exists()

@@ -155,13 +155,37 @@ def readme_text():
         marks, code = split_cell(c.source)
         if c.cell_type != 'code' or is_hidden(marks): continue
         if code.strip() and 'echo:false' not in marks: parts.append(f'```python\n{code.strip()}\n```')
-        parts += [as_markdown(o, ROOT / 'docs' / 'readme' / f'{i}.png') for o in c.outputs]
+        parts += [to_repo(as_markdown(o, ROOT / 'docs' / 'readme' / f'{i}.png')) for o in c.outputs]
     return '\n\n'.join(parts).strip() + '\n'
 
 
+def refresh():
+    "Bring the stored table of notebooks in index.ipynb up to date, without running anything else."
+    nb = nbformat.read(NBS / 'index.ipynb', 4)
+    data = next(c for c in nb.cells if 'contents()' in c.source).outputs[0].data
+    if data['text/markdown'] == contents(): return
+    data['text/markdown'] = contents()
+    nbformat.write(nb, NBS / 'index.ipynb')
+
+
 def readme():
-    "Write README.md."
+    "Write README.md, after index.ipynb lists all notebooks."
+    refresh()
     (ROOT / 'README.md').write_text(readme_text(), encoding='utf-8')
+
+
+def contents():
+    "All notebooks with title and question, a table per part, for index.ipynb."
+    lines, part = [], None
+    for f in notebooks():
+        if f.parent != NBS or f.stem == 'index': continue
+        title, question = re.match(r'# (.+)\n+> (.+)', nbformat.read(f, 4).cells[0].source).groups()
+        if f.stem[0] != part:
+            part = f.stem[0]
+            lines += ['', f'**{part}x: {PARTS[part]}**', '', '| notebook | title | question |', '|---|---|---|']
+        cells = f'[{f.stem}]({f.name})', title, question
+        lines.append('| ' + ' | '.join(c.replace('|', r'\|') for c in cells) + ' |')
+    return '\n'.join(lines[1:])
 
 
 def fingerprints():
@@ -194,32 +218,38 @@ def plain(src, dest):
             marks, c.source = split_cell(c.source)
             if is_hidden(marks): continue
             if 'echo:false' in marks: c.metadata['tags'] = ['remove-input']
+            words = [o.get('data', {}).get('text/markdown', '') for o in c.outputs]
+            if 'echo:false' in marks and any('.ipynb)' in w for w in words): # a book follows links in text only
+                c = nbformat.v4.new_markdown_cell('\n\n'.join(words), id=c.id)
         if c.source.strip(): cells.append(c)
     nb.cells = cells
     dest.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, dest)
 
 
-def toc(files):
-    "The book's table of contents, a part per decade."
+def toc(files, pages, api):
+    "The book's table of contents, a part per decade; pages of docs/ and of modules at the end."
     lines, part = ['format: jb-book', 'root: index', 'parts:'], None
-    for f in files:
-        if f.stem == 'index': continue
-        here = 'Solutions' if f.parent != NBS else PARTS[f.stem[0]]
+    places = [(PARTS[f.stem[0]] if f.parent == NBS else 'Solutions',
+               f.relative_to(NBS).with_suffix('').as_posix()) for f in files if f.stem != 'index']
+    places += [('API', f'api/{m}') for m in api] + [('Working on it', f.stem) for f in pages]
+    for here, name in places:
         if here != part: lines += [f'- caption: {here}', '  chapters:']
         part = here
-        lines.append(f'  - file: {f.relative_to(NBS).with_suffix("").as_posix()}')
+        lines.append(f'  - file: {name}')
     return '\n'.join(lines) + '\n'
 
 
 def book():
-    "Plain copies of all notebooks beside the book's settings, in `_book/`."
+    "Plain copies of all notebooks beside the book's settings, in `_book/`, and pages made from docments."
+    import api
     dest = ROOT / '_book'
     shutil.rmtree(dest, ignore_errors=True)
     shutil.copytree(ROOT / 'docs', dest, ignore=shutil.ignore_patterns('readme'))
-    files = notebooks()
+    files, pages = notebooks(), sorted(dest.glob('*.md'))
     for f in files: plain(f, dest / f.relative_to(NBS))
-    (dest / '_toc.yml').write_text(toc(files))
+    for f in pages: f.write_text(f.read_text(encoding='utf-8').replace('](../nbs/', ']('), encoding='utf-8')
+    (dest / '_toc.yml').write_text(toc(files, pages, api.write(dest / 'api')))
 
 
 if __name__ == '__main__':
