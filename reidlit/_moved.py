@@ -18,7 +18,10 @@ MODULES = { # old module: where its names are now
     'cameras': ['camera_bias', 'camera_labels'],
     'metrics.single': ['metrics.single_shot'],
     'data.sets_msmt17': ['data.readers.msmt17'],
-    'data.sets_coco': ['data.readers.coco']}
+    'data.sets_coco': ['data.readers.coco'],
+    'data.trials': ['data.readers.viper', 'data.readers.cuhk03'],
+    'data.sets_multiview': ['data.readers.multiviewx', 'data.readers.cityflow',
+                            'data.readers.pets2009']}
 
 
 def _warn(old, new, depth):

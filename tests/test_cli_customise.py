@@ -4,12 +4,13 @@ import shutil
 import pytest
 
 from reidlit.cli import main
-from reidlit.data import sets_multiview, writers
+from reidlit.data import writers
+from reidlit.data.sets import write_cityflow, write_multiviewx
 from reidlit.data.world import World
 from reidlit.detection.detectors import load_detector
 from reidlit.runs import WEIGHTS
 
-WRITE = dict(wildtrack=writers.write_wildtrack, multiviewx=sets_multiview.write_multiviewx)
+WRITE = dict(wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx)
 
 
 @pytest.fixture(scope='module', params=list(WRITE))
@@ -64,7 +65,7 @@ def test_unknown_data_and_weights(tmp_path, capsys):
 
 def test_vehicles_whose_cameras_start_late(tmp_path, capsys):
     world = World(12, 3, 0, 'plaza', 'vehicles', size=(160, 96), crowd=8)
-    root = sets_multiview.write_cityflow(world, tmp_path / 'road', times=range(0, 40, 2), late=[0, 2, 1], video=False)
+    root = write_cityflow(world, tmp_path / 'road', times=range(0, 40, 2), late=[0, 2, 1], video=False)
     words = ['customise', '--data', 'cityflow', '--root', str(root), '--camera', 'C1', '--preset', 'ci',
              '--device', 'cpu', '--detector', str(next(WEIGHTS.glob('base-*people*')))]
     assert main([*words, '--out', str(tmp_path / 'run')]) == 0

@@ -8,7 +8,7 @@ import pytest
 from real import REAL
 from reidlit.mcssl import lab
 from reidlit.core import DataError
-from reidlit.data.sets_multiview import pets2009
+from reidlit.data.sets import pets2009
 from reidlit.experiments import Run, read_result
 
 RESULTS = Path(__file__).resolve().parent.parent / 'results'

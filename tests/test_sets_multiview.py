@@ -13,16 +13,14 @@ from PIL import Image
 
 from real import REAL
 from reidlit.core import DataError, Dropped
-from reidlit.data import sets_multiview as sm
+from reidlit.data.readers import cityflow as road_reader
+from reidlit.data.readers import multiviewx as hall_reader
+from reidlit.data.readers.cityflow import (Film, RoadSet, apply_homography, camera_from_homography, cityflow,
+                                           gps_matrix, moments, plane_homography, read_calibration,
+                                           read_clocks, read_mot, write_cityflow)
+from reidlit.data.readers.multiviewx import MULTIVIEWX, move_camera, multiviewx, write_multiviewx
+from reidlit.data.readers.pets2009 import pets2009
 from reidlit.data.sets import FrameSet, wildtrack
-from reidlit.data.sets_multiview import (MULTIVIEWX, Film, RoadSet,
-                                         apply_homography,
-                                         camera_from_homography, cityflow,
-                                         gps_matrix, moments, move_camera,
-                                         multiviewx, pets2009,
-                                         plane_homography, read_calibration,
-                                         read_clocks, read_mot, write_cityflow,
-                                         write_multiviewx)
 from reidlit.data.world import World
 from reidlit.data.writers import write_wildtrack
 from reidlit.geometry import Camera, fundamental_matrix
@@ -142,7 +140,7 @@ def test_a_hall_too_long_is_cut_and_logged(tmp_path, caplog):
 
 
 def test_moved_world():
-    Q, s = sm._fit(MULTIVIEWX.grid, np.array([[0., 0], [4, 20]]))
+    Q, s = hall_reader._fit(MULTIVIEWX.grid, np.array([[0., 0], [4, 20]]))
     assert Q[0].tolist() == [0, -1, 0]
     np.testing.assert_allclose(np.array([[0., 0], [4, 20]])@Q[:2, :2].T + s[:2],
                                [[22.5, 6], [2.5, 10]])
@@ -444,13 +442,13 @@ def test_cityflow_writer_refuses(tmp_path, road, kw, message):
 def test_folder_names(tmp_path):
     for part in ('validation', 'test', ''):
         (tmp_path/part/f'S0{len(part)}'/'c006').mkdir(parents=True)
-        here, cams = sm._scenario(tmp_path, f'S0{len(part)}')
+        here, cams = road_reader._scenario(tmp_path, f'S0{len(part)}')
         assert here == tmp_path/part/f'S0{len(part)}' and [c.name for c in cams] == ['c006']
     d = Dropped()
     folder = tmp_path/'S00'/'c006'
     (folder/'frames').mkdir()
     Image.new('RGB', (8, 6)).save(folder/'frames'/'00002.jpg')
-    assert list(sm._shots(folder, d)[0]) == [2] and not d
+    assert list(road_reader._shots(folder, d)[0]) == [2] and not d
 
 
 # PETS 2009

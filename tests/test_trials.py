@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from reidlit.core import DataError
-from reidlit.data import trials
-from reidlit.data.trials import (cuhk03, dukemtmc, extract_cuhk03, trial_mask,
-                                 viper, ward)
+from reidlit.data.readers import cuhk03 as cuhk03_reader
+from reidlit.data.readers.cuhk03 import cuhk03, extract_cuhk03
+from reidlit.data.readers.viper import dukemtmc, trial_mask, viper, ward
 
 
 def picture(path, seed=0, size=(6, 12)):
@@ -447,13 +447,13 @@ def test_a_killed_run_is_not_taken_for_complete(tree):
 def test_two_runs_at_once(tree, monkeypatch):
     "The slower one takes the folder that the faster one made."
     root, held = tree
-    cells = trials._cells
+    cells = cuhk03_reader._cells
 
     def slow(path, boxes):
-        monkeypatch.setattr(trials, '_cells', cells)
+        monkeypatch.setattr(cuhk03_reader, '_cells', cells)
         extract_cuhk03(root, boxes)
         yield from cells(path, boxes)
-    monkeypatch.setattr(trials, '_cells', slow)
+    monkeypatch.setattr(cuhk03_reader, '_cells', slow)
     folder = extract_cuhk03(root)
     assert len(list(folder.glob('*.png'))) == len(held['labeled'])
     assert leftovers(root) == ['images_labeled']

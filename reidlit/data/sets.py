@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_out', 'name_cameras', 'open_data', 'read_sources',
-           'open_crops', 'number_alike', 'CALIBRATION', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS', 'MARS_INFO',
-           'NUMBERED', 'Rig', 'SUFFIXES', 'Splits', 'WILDTRACK', 'check_layout', 'clip_box', 'coco', 'crop_folder',
-           'finish', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17', 'read_json', 'read_mat',
-           'read_names', 'read_xml', 'wildtrack', 'wildtrack_cameras', 'write_coco']
+           'open_crops', 'number_alike', 'CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
+           'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK',
+           'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
+           'finish', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17', 'multiviewx',
+           'pets2009', 'read_json', 'read_mat', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack',
+           'wildtrack_cameras', 'write_cityflow', 'write_coco', 'write_multiviewx']
 
 # %% ../../nbs/05f_data.sets.ipynb #5bc8fbbc
 import re
@@ -16,34 +18,42 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from ..core import DataError,Dropped,ReidSet,rng_for
-from . import sets_multiview,trials,writers
+from . import writers
+from .readers.cityflow import Film,RoadSet,cityflow,write_cityflow
 from .readers.coco import coco,write_coco
+from .readers.cuhk03 import cuhk03,extract_cuhk03
 from .readers.market import (MARKET,SUFFIXES,Splits,check_layout,
     crop_folder,finish,list_images,market1501,market_rows,read_names)
 from reidlit.data.readers.mars import (MARS,MARS_DIRS,MARS_INFO,mars,mars_rows,
     read_mat)
 from .readers.msmt17 import msmt17
+from .readers.multiviewx import multiviewx,write_multiviewx
+from .readers.pets2009 import MultiviewDetections,pets2009
+from .readers.viper import dukemtmc,trial_mask,viper,ward
 from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
     Grid,Rig,clip_box,read_json,read_xml,wildtrack,wildtrack_cameras)
 from .world import World
 
 # %% ../../nbs/05f_data.sets.ipynb #2a53a05f
-_all_ = ['CALIBRATION', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS', 'MARS_INFO',
-    'NUMBERED', 'Rig', 'SUFFIXES', 'Splits', 'WILDTRACK', 'check_layout', 'clip_box',
-    'coco', 'crop_folder', 'finish', 'list_images', 'market1501', 'market_rows',
-    'mars', 'mars_rows', 'msmt17', 'read_json', 'read_mat', 'read_names', 'read_xml',
-    'wildtrack', 'wildtrack_cameras', 'write_coco']
+_all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS',
+    'MARS_DIRS', 'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig',
+    'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK', 'check_layout', 'cityflow',
+    'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
+    'finish', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows',
+    'msmt17', 'multiviewx', 'pets2009', 'read_json', 'read_mat', 'read_names',
+    'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
+    'write_cityflow', 'write_coco', 'write_multiviewx']
 
 # %% ../../nbs/05f_data.sets.ipynb #bd69fe29
-READERS = dict(market1501=market1501, mars=mars, dukemtmc=trials.dukemtmc,
-    cuhk03=trials.cuhk03, viper=trials.viper, ward=trials.ward,
+READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
+    cuhk03=cuhk03, viper=viper, ward=ward,
     msmt17=msmt17)
 FRAME_READERS = dict(wildtrack=(wildtrack, 'people'),
-    multiviewx=(sets_multiview.multiviewx, 'people'),
-    cityflow=(sets_multiview.cityflow, 'vehicles'))
+    multiviewx=(multiviewx, 'people'),
+    cityflow=(cityflow, 'vehicles'))
 WRITERS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
-    wildtrack=writers.write_wildtrack, multiviewx=sets_multiview.write_multiviewx,
-    cityflow=sets_multiview.write_cityflow)
+    wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx,
+    cityflow=write_cityflow)
 TRACKLETS = ('mars',) # scored by tracklets, not by pictures
 
 # %% ../../nbs/05f_data.sets.ipynb #f1578a50

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt,numpy as np
 from fastai.optimizer import Adam
 from ..core import pick,rng_for
 from ..data.sets import FrameSet
-from ..data.sets_multiview import MultiviewDetections,pets2009
+from ..data.readers.pets2009 import MultiviewDetections,pets2009
 from ..data.world import World
 from ..detection import yolov3 # noqa: F401 (base_detector can make one)
 from ..detection.detectors import Detections
