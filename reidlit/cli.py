@@ -259,6 +259,7 @@ def evaluate_run(
                              device=next(model.parameters()).device)
     typer.echo(str(pick_threshold(pos, neg, fmr=fmr)))
 
+# %% ../nbs/80_cli.ipynb #3af27f80
 @command('search', 'query', 'gallery')
 def search_folder(
     query:Path, # A picture or a folder of crops

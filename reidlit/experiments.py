@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
+from fastcore.basics import patch
 from filelock import FileLock,Timeout
 from scipy import stats
 from . import core
@@ -219,44 +220,51 @@ class Run:
             vars(self).update(json.loads(f.read_text()))
             for name in (*self.parts, *self.values): self.say(f'{name}: kept')
 
-    def at(self,
-        name:str # Of an arm
-    )->Path|None: # Where its checkpoints go; `None` without a folder
-        "The folder of an arm."
-        return self.folder and self.folder/re.sub(r'[^\w.,-]+', ' ', name)
+# %% ../nbs/16_experiments.ipynb #221c4e00
+@patch
+def at(self:Run,
+    name:str # Of an arm
+)->Path|None: # Where its checkpoints go; `None` without a folder
+    "The folder of an arm."
+    return self.folder and self.folder/re.sub(r'[^\w.,-]+', ' ', name)
 
-    def arm(self,
-        name:str, # Of a variant
-        make # Computes its scores or numbers; not called if they are kept
-    )->dict: # `{metric: number}`
-        "The numbers of a variant, computed once, said and kept."
-        if name not in self.values:
-            found = self.values[name] = numbers(make())
-            self.say(f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in found.items()))
-            self._keep()
-        return self.values[name]
+@patch
+def arm(self:Run,
+    name:str, # Of a variant
+    make # Computes its scores or numbers; not called if they are kept
+)->dict: # `{metric: number}`
+    "The numbers of a variant, computed once, said and kept."
+    if name not in self.values:
+        found = self.values[name] = numbers(make())
+        self.say(f'{name}: '+', '.join(f'{k} {v:.3f}' for k,v in found.items()))
+        self._keep()
+    return self.values[name]
 
-    def part(self,
-        name:str, # Of something that is no variant by itself
-        make # Computes it: whatever JSON can hold; not called if it is kept
-    ): # What `make` gave
-        "A part of a variant, such as one camera of several, kept like an arm."
-        if name not in self.parts: self.parts[name] = make(); self._keep()
-        return self.parts[name]
+@patch
+def part(self:Run,
+    name:str, # Of something that is no variant by itself
+    make # Computes it: whatever JSON can hold; not called if it is kept
+): # What `make` gave
+    "A part of a variant, such as one camera of several, kept like an arm."
+    if name not in self.parts: self.parts[name] = make(); self._keep()
+    return self.parts[name]
 
-    def _keep(self):
-        if self.folder: write_atomic(self.folder/'values.json', json.dumps(dict(
-            values=self.values, parts=self.parts, seconds=self.taken())).encode())
+@patch
+def _keep(self:Run):
+    if self.folder: write_atomic(self.folder/'values.json', json.dumps(dict(
+        values=self.values, parts=self.parts, seconds=self.taken())).encode())
 
-    def add(self,
-        found:dict # `{variant: {metric: number}}`
-    ):
-        "Keep several variants at once."
-        for name,v in found.items(): self.arm(name, lambda: v)
+@patch
+def add(self:Run,
+    found:dict # `{variant: {metric: number}}`
+):
+    "Keep several variants at once."
+    for name,v in found.items(): self.arm(name, lambda: v)
 
-    def taken(self)->float: # Seconds, of all sittings
-        "How long the run has taken so far."
-        return self.seconds+time.time()-self.start
+@patch
+def taken(self:Run)->float: # Seconds, of all sittings
+    "How long the run has taken so far."
+    return self.seconds+time.time()-self.start
 
 # %% ../nbs/16_experiments.ipynb #017f9ee6
 class Experiment(NamedTuple):
@@ -325,6 +333,7 @@ def _sitting(folder, say):
         yield folder
         shutil.rmtree(folder)
 
+# %% ../nbs/16_experiments.ipynb #162a01de
 def reproduce(
     paper:Paper, # Whose experiment
     what:str='core', # Which, of its `experiments`

@@ -210,7 +210,7 @@ def test_verify(tmp_path):
 
 def test_command_knows_it(tmp_path):
     write(tmp_path)
-    from reidlit.cli import DataArg, open_data, read_sources
+    from reidlit.data.sets import READERS, open_data, read_sources
     assert len(open_data('msmt17', tmp_path).query) == len(msmt17(tmp_path).query)
     assert list(read_sources([f'msmt17={tmp_path}'])) == ['msmt17']
-    assert 'msmt17' in DataArg.__metadata__[0].help
+    assert 'msmt17' in READERS

@@ -260,7 +260,8 @@ def figures(
     unseen = source_sets(seed, size, share, split='val')
     train = replace(target['train'], pids=None)
     scores = lambda m: numbers(tracklet_scores(m, target['test'], size))
-    def arm(name, sources, how, s=s): return train_arm(run, name, sources, names, how, s)
+    def arm(name, sources, how, s=s):
+        return train_arm(run, name, sources, names, how, s)
     with quiet():
         seed_all(seed)
         m = embedding_net(s, run.device)

@@ -68,7 +68,8 @@ BY_PRESET = { # (kind of pictures, preset) to what a preset may change
     ('real', 'paper'): _LARGE | _LONG}
 PUBLISHED = dict(p=16, k=4, momentum=.5, temperature=1/15, m1=.3, m2=.3, dim=None,
     dropout=0., in_order=True, start='zero', reduction='camera', label_smoothing=.1,
-    warmup=0, S=None, rule='reciprocal', centroids='memory', keep_singletons=True, seed=0)
+    warmup=0, S=None, rule='reciprocal', centroids='memory', keep_singletons=True,
+    seed=0)
 
 # %% ../../nbs/32_ics.ipynb #45c33bea
 def ics_settings(

@@ -106,6 +106,7 @@ def pairs_of(
         frames['train'].cameras, reid[1], s['fudge'], (MCSSL_ARMS | GOLD)[arm],
         s['confident'], s['mutual'])
 
+# %% ../../nbs/64_mcssl.lab.ipynb #9974d75b
 def one_camera(
     run:Run, # Keeps each arm of this camera
     camera:int, # To customise a detector for
@@ -176,10 +177,11 @@ SECTION = {'base':['base', 'ST', 'ST-GLC', 'ST-CL', 'mean teacher', 'supervised'
 
 _TRIED = ('Tried: gold boxes beside the consistency loss, true pairs; on world 100 '
     'thresholds of .7 to 1.1, learning rates of 1e-5 to 1e-2, Adam and SGD')
-_PAIRS = ('ST', 'base'), ('MCSSL', 'ST'), ('MCSSL', 'ST-GLC'), ('MCSSL', 'ST-CL'), (
-    'MCSSL-CU, backbone', 'MCSSL, backbone'), ('MCSSL, backbone', 'MCSSL-C, backbone'), (
-    'MCSSL', 'MCSSL-C'), ('MCSSL', 'MCSSL-CU'), ('supervised', 'MCSSL'), (
-    'gain, most shared', 'gain, least shared')
+_PAIRS = (('ST', 'base'), ('MCSSL', 'ST'), ('MCSSL', 'ST-GLC'), ('MCSSL', 'ST-CL'),
+    ('MCSSL-CU, backbone', 'MCSSL, backbone'),
+    ('MCSSL, backbone', 'MCSSL-C, backbone'), ('MCSSL', 'MCSSL-C'),
+    ('MCSSL', 'MCSSL-CU'), ('supervised', 'MCSSL'),
+    ('gain, most shared', 'gain, least shared'))
 CLAIMS = ( # what was tried, if one does not hold
     *(Claim(*p, 'AP80', tried=_TRIED) for p in _PAIRS),
     Claim('MCSSL', 'ST', 'AP50'), Claim('MCSSL, backbone', 'base', 'AP50'),
@@ -284,7 +286,8 @@ def premise(
         for part in ('backbone', 'detection'):
             for x in NOISE:
                 spoilt = noisy_labels(true, x, size, run.seed)
-                run.arm(f'{part}, noise {x}', lambda: trained(part, np.arange(n), spoilt))
+                run.arm(f'{part}, noise {x}',
+                        lambda: trained(part, np.arange(n), spoilt))
             for v in VOLUMES[1:]:
                 rows = np.linspace(0, n-1, max(2, round(v*n))).round().astype(int)
                 run.arm(f'{part}, {v} of the frames', lambda: trained(part, rows, true))

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from ...core import DataError,Dropped,ReidSet
-from .market import Splits,check_layout,finish,list_images,read_names
+from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
+    read_names)
 
 # %% ../../../nbs/04a_data.readers.mars.ipynb #0a500e67
 MARS = re.compile(r'(?P<pid>\d{4}|00-1)C(?P<cam>\d)T(?P<tid>\d+)'

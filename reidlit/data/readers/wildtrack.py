@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from PIL import Image
 from ...core import DataError,Dropped,ReidSet,check_shapes
 from ...geometry import Camera
-from .market import Splits,check_layout,finish,list_images,read_names
+from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
+    read_names)
 
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #95434480
 @dataclass
