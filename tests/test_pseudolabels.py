@@ -1,4 +1,4 @@
-"Pairs of boxes across cameras: empty frames, short films, late clocks, lenses."
+"Pairs of boxes across cameras: empty frames, short clips, late clocks, lenses."
 from dataclasses import replace
 from itertools import product
 
@@ -11,7 +11,7 @@ from reidlit.detection.detectors import Detections
 from reidlit.detection.training import own_targets,world_frames
 from reidlit.geometry import Camera
 from reidlit.mcssl.pseudolabels import (WHICH, BoxAssociation, Sightings, associate_boxes, candidate_pairs, confirm_pairs,
-                                  films_of, follow, funnel, pids_of, split_pseudo_labels, tracked_pairs,
+                                  clips_of, follow, funnel, pids_of, split_pseudo_labels, tracked_pairs,
                                   true_associations)
 
 K = [[100, 0, 100], [0, 100, 60], [0, 0, 1]]
@@ -27,7 +27,7 @@ def sight(moment, boxes, scores, rows=None):
     return Sightings(np.array(moment, int), np.arange(n), np.array(scores, np.float32), rows, xyxy)
 
 
-def film(n=5, step=3, camera=0, first=0):
+def clip(n=5, step=3, camera=0, first=0):
     "Frames with a pattern that walks from `BOX`."
     patch = np.random.default_rng(0).integers(0, 255, (12, 6, 3)).repeat(4, 0).repeat(4, 1)
     images = []
@@ -35,7 +35,7 @@ def film(n=5, step=3, camera=0, first=0):
         im = np.full((96, 160, 3), 128, np.uint8)
         im[30:78, 60+step*t:84+step*t] = patch
         images.append(im)
-    return FrameSet(images, [camera]*n, np.arange(n)+first, [], [], [], name='film')
+    return FrameSet(images, [camera]*n, np.arange(n)+first, [], [], [], name='clip')
 
 
 @pytest.fixture(scope='module')
@@ -73,12 +73,12 @@ def test_nothing_to_pair_when_all_are_on_one_side(score, which):
 
 
 def test_frames_without_boxes():
-    items = film()
+    items = clip()
     s = follow(items, [NOBODY, Detections([BOX], [.5]), NOBODY], 0, [0, 1, 2], 2)
     assert s.moment.tolist() == [1] and s.rows.tolist() == [[1, 2, 3]]
     none = follow(items, [NOBODY]*2, 0, [0, 1])
     assert len(none) == 0 and none.xyxy.shape == (0, 5, 4)
-    assert films_of(items, none).shape == (0, 4, 64, 32, 3)
+    assert clips_of(items, none).shape == (0, 4, 64, 32, 3)
     for a, b in ((s, none), (none, s), (none, none)):
         pairs, n = candidate_pairs(a, b, ONE, TWO)
         assert pairs.shape == (2, 0) and n == 0
@@ -86,7 +86,7 @@ def test_frames_without_boxes():
 
 def test_camera_without_shared_view():
     "Whoever is seen is somebody else: no pairs, and no error anywhere."
-    items = replace(film(2), camids=np.array([0, 1]), frames=np.zeros(2, int), row=np.array([0, 1]),
+    items = replace(clip(2), camids=np.array([0, 1]), frames=np.zeros(2, int), row=np.array([0, 1]),
                     xyxy=np.float32([BOX, BOX]), pids=np.array([3, 4]), cut=None, cameras=[ONE, TWO])
     seen = {c: sight([0], [BOX], [.5], [[c]]) for c in (0, 1)}
     a = associate_boxes(seen, {0: np.array([[0., 1]]), 1: np.array([[1., 0]])}, 0, [1], [ONE, TWO], .5)
@@ -102,10 +102,10 @@ def test_camera_without_shared_view():
 
 
 def test_film_that_ends():
-    items, d = film(5), Detections([BOX], [.5])
+    items, d = clip(5), Detections([BOX], [.5])
     s = follow(items, [d], 0, [3], 4)
     assert s.rows.tolist() == [[3, 4, -1, -1, -1]]
-    x = films_of(items, s, 4, (48, 24))
+    x = clips_of(items, s, 4, (48, 24))
     assert (x[0, 2] == x[0, 1]).all() and (x[0, 3] == x[0, 1]).all() and (x[0, 0] != x[0, 1]).any()
     whole = follow(items, [d], 0, [0], 4)
     a = BoxAssociation(1, 1, np.array([[0], [0]]), np.array([.1]), np.array([True]))
@@ -114,16 +114,16 @@ def test_film_that_ends():
 
 def test_missing_moment_is_named():
     d = Detections([BOX])
-    with pytest.raises(ValueError, match='camera 0 has no frame 7'): follow(film(), [d], 0, [7])
-    with pytest.raises(ValueError, match='camera 2 has no frame 0'): follow(film(), [d], 2, [0])
+    with pytest.raises(ValueError, match='camera 0 has no frame 7'): follow(clip(), [d], 0, [7])
+    with pytest.raises(ValueError, match='camera 2 has no frame 0'): follow(clip(), [d], 2, [0])
 
 
 def test_boxes_partly_outside():
-    items = film(3, 0)
+    items = clip(3, 0)
     boxes = [[-10, 30, 14, 78], [150, 60, 168, 110], [60, -20, 84, 30]]
     s = follow(items, [Detections(boxes, [.5]*3)], 0, [0], 2)
     np.testing.assert_allclose(s.xyxy[:, 0], boxes)
-    assert (s.rows[:, 0] == 0).all() and films_of(items, s, 3).shape == (3, 3, 64, 32, 3)
+    assert (s.rows[:, 0] == 0).all() and clips_of(items, s, 3).shape == (3, 3, 64, 32, 3)
     ok = s.rows >= 0
     assert np.isfinite(s.xyxy[ok]).all()
     assert candidate_pairs(s, s, ONE, TWO)[1] == 9

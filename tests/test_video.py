@@ -1,4 +1,4 @@
-"Films: attention against loops, masks, odd boxes, files."
+"Clips: attention against loops, masks, odd boxes, files."
 import json
 
 import numpy as np
@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from reidlit.core import DataError, ReidSet, seed_all
 from reidlit.data.world import World
-from reidlit.video import (WEIGHTS, FilmLoaders, TemporalAttention, VideoReid, choose_threshold,
-                           cut_crops, cut_films, features_of, film_distance, film_features,
-                           frame_weights, load_reid, loose_films, loosen, reid_for, save_reid,
+from reidlit.video import (WEIGHTS, ClipLoaders, TemporalAttention, VideoReid, choose_threshold,
+                           cut_crops, cut_clips, features_of, clip_distance, clip_features,
+                           frame_weights, load_reid, loose_clips, loosen, reid_for, save_reid,
                            video_settings)
 
 
@@ -48,7 +48,7 @@ def test_masked_frames_say_nothing():
     assert torch.equal(net(y, mask)[1], out[1])
     w = net.look(x, mask)[0]
     assert (w[~mask] == 0).all() and torch.allclose(w.sum(1), torch.ones(3))
-    with pytest.raises(ValueError, match='film 2 has no frame'):
+    with pytest.raises(ValueError, match='clip 2 has no frame'):
         frame_weights(torch.zeros(3, 4), torch.tensor([True, True, False])[:, None].expand(3, 4))
 
 
@@ -75,17 +75,17 @@ def test_features_batches_images_modes():
     net = VideoReid()
     net.train()
     g = np.random.default_rng(0)
-    films = g.integers(0, 256, (7, 4, 48, 64, 3), dtype=np.uint8)
-    f = film_features(net, films, batch=3)
+    clips = g.integers(0, 256, (7, 4, 48, 64, 3), dtype=np.uint8)
+    f = clip_features(net, clips, batch=3)
     assert net.training and f.shape == (7, 128) and f.dtype == torch.float32
-    assert torch.allclose(f, film_features(net, films), atol=1e-5)
-    one = film_features(net, films[:, 0])
-    assert torch.allclose(one, film_features(net, films[:, :1]), atol=1e-6)
-    d = film_distance(f, one)
+    assert torch.allclose(f, clip_features(net, clips), atol=1e-5)
+    one = clip_features(net, clips[:, 0])
+    assert torch.allclose(one, clip_features(net, clips[:, :1]), atol=1e-6)
+    d = clip_distance(f, one)
     assert d.shape == (7, 7) and torch.allclose(d[2, 5], (f[2]-one[5]).norm(), atol=1e-5)
-    assert film_distance(f, f).diag().max() < 1e-3
-    assert film_distance(f[:0], f).shape == (0, 7)
-    with pytest.raises(ValueError, match='uint8'): film_features(net, films.astype(np.float32))
+    assert clip_distance(f, f).diag().max() < 1e-3
+    assert clip_distance(f[:0], f).shape == (0, 7)
+    with pytest.raises(ValueError, match='uint8'): clip_features(net, clips.astype(np.float32))
 
 
 def test_loosen_stays_within_its_bounds():
@@ -113,11 +113,11 @@ def test_crops_of_odd_boxes():
 
 def test_films_of_vehicles_and_of_the_same_people():
     w = World(people=10, cameras=2, seed=5, kind='vehicles')
-    f = cut_films(w, length=2, per_camera=1, every=2, step=1000)
+    f = cut_clips(w, length=2, per_camera=1, every=2, step=1000)
     assert f.images.shape[1:] == (48, 64, 3)
     assert (np.diff(f.frames.reshape(-1, 2)) == 2).all()
     assert set(np.bincount(np.unique(f.tids, return_inverse=True)[1])) == {2}
-    again = cut_films(w, length=2, per_camera=1, every=2, step=1000)
+    again = cut_clips(w, length=2, per_camera=1, every=2, step=1000)
     assert np.array_equal(f.images, again.images) and np.array_equal(f.tids, again.tids)
     b = w.boxes(int(f.camids[0]), int(f.frames[0]), min_visible=.4)
     box = b.clipped[b.pids == f.pids[0]]
@@ -125,21 +125,21 @@ def test_films_of_vehicles_and_of_the_same_people():
     assert np.array_equal(cut_crops(frame, box, (48, 64))[0], f.images[0])
 
 
-def stripes(people=6, films=3, length=4, size=(83, 42)):
-    "Films of people told apart by the direction of their stripes."
-    n = people*films*length
-    pids = np.repeat(np.arange(people), films*length)
+def stripes(people=6, clips=3, length=4, size=(83, 42)):
+    "Clips of people told apart by the direction of their stripes."
+    n = people*clips*length
+    pids = np.repeat(np.arange(people), clips*length)
     g, x = np.random.default_rng(0), np.arange(size[1])
     images = g.integers(0, 60, (n, *size, 3), dtype=np.uint8)
     for i, p in enumerate(pids):
         images[i, ..., p % 3] += (90*(1+np.sin(x*(.2+.25*p))))[None].astype(np.uint8)
-    return ReidSet(images, pids, np.tile(np.repeat(np.arange(films), length), people),
+    return ReidSet(images, pids, np.tile(np.repeat(np.arange(clips), length), people),
                    np.arange(n)//length, np.arange(n))
 
 
 def test_loaders_give_whole_films():
     s = video_settings('ci', p=3, k=2, place=0., scale=0.)
-    dls = FilmLoaders(stripes(), s, 'cpu')
+    dls = ClipLoaders(stripes(), s, 'cpu')
     for x, y, c, row in dls.train:
         assert x.shape == (6, 4, 3, 64, 32) and (row % 4 == 0).all()
         assert (y == row//12).all() and (c == row//4 % 3).all()
@@ -147,11 +147,11 @@ def test_loaders_give_whole_films():
 
 
 def test_loose_films_are_repeatable_and_labelled():
-    films = stripes()
+    clips = stripes()
     s = video_settings('ci')
-    a, b, c = (loose_films(films, s, seed) for seed in (1, 1, 2))
+    a, b, c = (loose_clips(clips, s, seed) for seed in (1, 1, 2))
     assert np.array_equal(a.images, b.images) and not np.array_equal(a.images, c.images)
-    assert np.array_equal(a.tids, films.tids) and a.images.shape[1:] == (64, 32, 3)
+    assert np.array_equal(a.tids, clips.tids) and a.images.shape[1:] == (64, 32, 3)
 
 
 def test_threshold_needs_both_kinds_of_pairs():
@@ -186,10 +186,10 @@ def test_shipped(kind):
     assert 0 < threshold < 2 and info['threshold']['fmr'] <= .0101
     w = World(people=16, cameras=2, seed=77, kind=kind)
     s = info['settings']
-    films = loose_films(cut_films(w, s['length'], 1, step=1000, margin=.15,
+    clips = loose_clips(cut_clips(w, s['length'], 1, step=1000, margin=.15,
                                   size=tuple(round(1.3*n) for n in s['size'])), s)
-    f, t = features_of(model, films)
-    d, same = film_distance(f, f), t.pids[:, None] == t.pids
+    f, t = features_of(model, clips)
+    d, same = clip_distance(f, f), t.pids[:, None] == t.pids
     cross = t.camids[:, None] != t.camids
     near = (d < threshold).numpy()
     assert near[~same].mean() < .1
@@ -200,9 +200,9 @@ def test_shipped(kind):
 def test_cuda():
     seed_all(0)
     net = VideoReid().eval()
-    films = np.random.default_rng(0).integers(0, 256, (3, 4, 64, 32, 3), dtype=np.uint8)
-    a = film_features(net, films)
-    b = film_features(net, films, device='cuda')
+    clips = np.random.default_rng(0).integers(0, 256, (3, 4, 64, 32, 3), dtype=np.uint8)
+    a = clip_features(net, clips)
+    b = clip_features(net, clips, device='cuda')
     assert torch.allclose(a, b, atol=1e-3)
     x = torch.rand(2, 4, 3, 83, 42)
     g = [loosen(x.to(d), (64, 32), generator=torch.Generator().manual_seed(0)).cpu()

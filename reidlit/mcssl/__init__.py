@@ -27,9 +27,9 @@ from ..detection.training import (FrameDataset,base_detector,box_losses,
 from .epipolar import epipolar_candidates
 from ..geometry import fundamental_matrix
 from ..runs import check_folder,fit,make_settings
-from .pseudolabels import (WHICH,associate_boxes,films_of,follow,
+from .pseudolabels import (WHICH,associate_boxes,clips_of,follow,
     funnel,split_pseudo_labels,tracked_pairs,true_associations)
-from ..video import film_features,reid_for
+from ..video import clip_features,reid_for
 
 # %% ../../nbs/63_mcssl.ipynb #7a0b66ce
 _all_ = ['associate_boxes', 'base_detector', 'consistency_loss', 'epipolar_candidates',
@@ -66,7 +66,7 @@ class Gathered:
     times:list # Key moments
     found:dict # Camera to `Detections` at each moment
     seen:dict # Camera to `Sightings`
-    features:dict # Camera to features of their films `(N,D)`
+    features:dict # Camera to features of their clips `(N,D)`
 
 def gather(
     detector:Detector, # The base model
@@ -79,18 +79,18 @@ def gather(
     tracker:str='flow', # See `track_boxes`
     size:tuple|None=None # `(H,W)` of the detector's input; `None` keeps
 )->Gathered:
-    "Phases 1 and 2 up to the films; `KeyError` names a moment without a frame."
+    "Phases 1 and 2 up to the clips; `KeyError` names a moment without a frame."
     reid = reid or reid_for('people')
     times,out = list(times),Gathered(list(times), {}, {}, {})
     if not times: raise ValueError('times: no key moment')
     rows = {c:[items.find(c, t) for t in times] for c in cameras}
-    about = reid[2]['settings'] # of its films
+    about = reid[2]['settings'] # of its clips
     for c in rows:
         out.found[c] = detect(detector, items[rows[c]], size, least)
         out.seen[c] = follow(items, out.found[c], c, times, steps, tracker)
-        films = films_of(items, out.seen[c], min(about['length'], steps+1),
+        clips = clips_of(items, out.seen[c], min(about['length'], steps+1),
                          tuple(about['size']))
-        out.features[c] = np.asarray(film_features(reid[0], films))
+        out.features[c] = np.asarray(clip_features(reid[0], clips))
     return out
 
 # %% ../../nbs/63_mcssl.ipynb #cf20fb7e

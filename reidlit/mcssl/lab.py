@@ -48,11 +48,11 @@ def lab_frames(
                   paper=(256, (480, 270)))
     w = World(**WORLDS[kind], seed=seed, layout='plaza', kind=kind, size=size)
     every,keys = range(len(w.cameras)),[k*GAP for k in range(n)]
-    films = [t+j for t in keys for j in range(5)]
+    clips = [t+j for t in keys for j in range(5)]
     later = [(n+k)*GAP for k in range(n//4+n*5//16)]
     draw = lambda cams,times: world_frames(w, cams, times)
     mine = every if cameras is None else cameras
-    return dict(train=draw(every, films), keys=keys,
+    return dict(train=draw(every, clips), keys=keys,
         val=draw(mine, later[:n//4]), test=draw(mine, later[n//4:]))
 
 # %% ../../nbs/64_mcssl.lab.ipynb #ffc5cfb0
