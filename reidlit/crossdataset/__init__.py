@@ -369,6 +369,8 @@ def fit_crossdataset(
 )->FineTuned: # With the tuned model's learner
     "Both steps of the method (sections 3.1 and 3.2)."
     s = settings or embedding_settings()
+    if target.camids is None: # not after hours on the sources
+        raise ValueError(f'{target.name}: no cameras are known')
     check_folder(folder, resume)
     at = lambda step: folder and Path(folder)/step
     learn = embedding_learner(sets, 'switch', s, device=device)

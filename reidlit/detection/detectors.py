@@ -323,6 +323,6 @@ def load_detector(
 __getattr__ = moved_names(__name__, WEIGHTS='runs.WEIGHTS',
     BASE='detection.training.BY_PRESET', **{n:f'detection.training.{n}' for n in (
     'ASPECT', 'FrameDataset', 'LossHistory', 'PUBLIC', 'ShuffleSampler',
-    'base_detector', 'base_name', 'box_losses', 'detect', 'detector_learner', 'detector_scores',
-    'frame_batch', 'join_frames', 'make_base', 'own_targets', 'public_frames',
-    'task_learner', 'world_frames')})
+    'base_detector', 'base_name', 'box_losses', 'detect', 'detector_learner',
+    'detector_scores', 'frame_at_size', 'frame_batch', 'join_frames', 'make_base',
+    'own_targets', 'public_frames', 'task_learner', 'world_frames')})

@@ -249,7 +249,9 @@ def train(
     run:Run, # Has settings (`variant` among them), device, folder
     d # With train, query and gallery, from `open_data`
 ): # The fitted learner of the last stage
-    "A variant trained on somebody's pictures."
+    "A variant trained on somebody's pictures; `ValueError` without cameras."
+    if d.train.camids is None: raise ValueError(
+        f'{d.train.name}: no cameras are known; files may be named c1_0001.jpg')
     return fit_ics(d.train[~(d.train.junk | d.train.distractor)],
         run.settings['variant'], run.settings, query=d.query, gallery=d.gallery,
         folder=run.folder, resume=run.resume, device=run.device).learn
