@@ -10,7 +10,7 @@ MODULES = { # old module: where its names are now
     'quintuplet': ['ics.quintuplet'], 'ics_lab': ['ics.lab'],
     'triplet_mining': ['crossdataset.triplet_mining'],
     'pul': ['crossdataset.progressive'], 'crossdataset_lab': ['crossdataset.lab'],
-    'epipolar': ['mcssl.epipolar'], 'pseudolabels': ['mcssl.pseudolabels'],
+    'epipolar': ['mcssl.epipolar'], 'pseudolabels': ['mcssl.pseudolabels', 'mcssl.pairs'],
     'consistency': ['mcssl.consistency'], 'mcssl_lab': ['mcssl.lab'],
     'detectors': ['detection.detectors', 'detection.training'],
     'yolov3': ['detection.yolov3'],

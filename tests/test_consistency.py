@@ -16,7 +16,7 @@ from reidlit.detection.detectors import faster_rcnn
 from reidlit.detection.training import FrameDataset,ShuffleSampler,world_frames
 from reidlit.learner import quiet
 from reidlit.runs import fit
-from reidlit.mcssl.pseudolabels import Pairs
+from reidlit.mcssl.pairs import Pairs
 
 TWO = torch.tensor([[.4, .6], [.7, .3]]), torch.tensor([[.1, .9], [.5, .5]])
 

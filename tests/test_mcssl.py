@@ -18,7 +18,7 @@ from reidlit.mcssl import (BASELINES, MCSSL, PHASES, PRESETS, baseline, customis
                            estimate_corruption, exponential_mean, flip_consistency, gather,
                            mcssl_settings)
 from reidlit.metrics.detection import box_iou
-from reidlit.mcssl.pseudolabels import true_associations
+from reidlit.mcssl.pairs import true_associations
 from reidlit.video import VideoReid
 from reidlit.detection.yolov3 import yolov3
 

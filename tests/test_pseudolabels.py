@@ -10,9 +10,9 @@ from reidlit.data.world import World
 from reidlit.detection.detectors import Detections
 from reidlit.detection.training import own_targets,world_frames
 from reidlit.geometry import Camera
-from reidlit.mcssl.pseudolabels import (WHICH, BoxAssociation, Sightings, associate_boxes, candidate_pairs, confirm_pairs,
-                                  clips_of, follow, funnel, pids_of, split_pseudo_labels, tracked_pairs,
-                                  true_associations)
+from reidlit.mcssl.pairs import (WHICH, BoxAssociation, associate_boxes, candidate_pairs, confirm_pairs, funnel,
+                                 tracked_pairs, true_associations)
+from reidlit.mcssl.pseudolabels import Sightings, clips_of, follow, pids_of, split_pseudo_labels
 
 K = [[100, 0, 100], [0, 100, 60], [0, 0, 1]]
 ONE, TWO = (Camera(K, np.eye(3), [x, 0, 0], (200, 120)) for x in (0, -1))

@@ -27,8 +27,9 @@ from ..detection.training import (FrameDataset,base_detector,box_losses,
 from .epipolar import epipolar_candidates
 from ..geometry import fundamental_matrix
 from ..runs import check_folder,fit,make_settings
-from .pseudolabels import (WHICH,associate_boxes,clips_of,follow,
-    funnel,split_pseudo_labels,tracked_pairs,true_associations)
+from reidlit.mcssl.pairs import (WHICH,associate_boxes,funnel,tracked_pairs,
+    true_associations)
+from .pseudolabels import clips_of,follow,split_pseudo_labels
 from ..video import clip_features,reid_for
 
 # %% ../../nbs/63_mcssl.ipynb #7a0b66ce

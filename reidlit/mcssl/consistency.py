@@ -15,7 +15,7 @@ from ..data.sets import FrameSet
 from ..detection.detectors import Detector,to_images
 from reidlit.detection.training import (FrameDataset,box_losses,frame_at_size,
     frame_batch,task_learner)
-from .pseudolabels import Pairs
+from .pairs import Pairs
 
 # %% ../../nbs/62_mcssl.consistency.ipynb #e169b27c
 DETACH = ('second', 'first', 'none')

@@ -25,7 +25,7 @@ from ..geometry import epipolar_distance
 from ..learner import quiet
 from . import (Gathered,baseline,customise,gather,
     mcssl_settings)
-from .pseudolabels import associate_boxes,funnel,true_associations
+from .pairs import associate_boxes,funnel,true_associations
 from ..experiments import Claim,Experiment,Paper,Run
 from ..report import bars
 from ..video import reid_for
