@@ -7,7 +7,7 @@ from types import ModuleType
 
 MODULES = { # old module: where its names are now
     'association': ['ics.association'], 'memory': ['ics.memory'],
-    'quintuplet': ['ics.quintuplet'], 'ics_lab': ['ics.lab'],
+    'quintuplet': ['ics.quintuplet'], 'ics_lab': ['ics.lab', 'ics.comparison'],
     'triplet_mining': ['crossdataset.triplet_mining'],
     'pul': ['crossdataset.progressive'], 'crossdataset_lab': ['crossdataset.lab'],
     'epipolar': ['mcssl.epipolar'], 'pseudolabels': ['mcssl.pseudolabels', 'mcssl.pairs'],

@@ -10,7 +10,7 @@ from reidlit.data.world import World
 from reidlit.experiments import (Claim, Experiment, Paper, Run, add_seed, judge, load_paper, papers, read_result,
                                  reproduce)
 from reidlit.ics import ics_settings
-from reidlit.ics.lab import table2
+from reidlit.ics.comparison import table2
 from reidlit.learner import quiet
 from reidlit.report import Page, result_section
 from reidlit.runs import Checkpoints

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import reidlit.ics.lab as lab
+import reidlit.ics.comparison as comparison
 from real import REAL
 from reidlit.cli import main
 from reidlit.core import ReidSet
 from reidlit.data.sets import market_rows
 from reidlit.data.world import World
 from reidlit.ics import VARIANTS, ics_settings
-from reidlit.ics.lab import (CLAIMS, PAIRS, PAPER, SHARES_OF_PAIRS, WANTED, few_pictures, ics_world,
-                             label_statistics, pictures, real_core, table2)
+from reidlit.ics.comparison import (CLAIMS, PAIRS, SHARES_OF_PAIRS, WANTED, few_pictures, ics_world,
+                                    label_statistics, pictures, table2)
+from reidlit.ics.lab import PAPER, real_core
 from reidlit.learner import quiet
 from reidlit.report import Page, paper_section
 from reidlit.experiments import Run, judge
@@ -127,13 +128,13 @@ def test_real_core_on_any_set(world):
 @pytest.fixture
 def asked(monkeypatch):
     "Trainings that the lab asks for: variant, first, learner, settings; none is trained."
-    out, was = [], lab.fit_ics
+    out, was = [], comparison.fit_ics
     def fit(train, variant, settings, first=None, **kwargs):
         f = was(train, variant, settings, first=first, **kwargs)
         out.append((variant, first, f.learn, settings))
         return f
     monkeypatch.setattr('reidlit.ics.fit_stage', lambda learn, *args, **kwargs: learn)
-    monkeypatch.setattr(lab, 'fit_ics', fit)
+    monkeypatch.setattr(comparison, 'fit_ics', fit)
     return out
 
 
@@ -160,7 +161,7 @@ def test_few_pictures_takes_as_many_steps(world, asked):
 
 def test_gain_of_the_memory_with_fewer_pictures(monkeypatch):
     scores = {'M1': dict(rank1=.2, mAP=.1), 'M3': dict(rank1=.5, mAP=.3)}
-    monkeypatch.setattr('reidlit.ics.lab.few_pictures', lambda run, *_: run.add({
+    monkeypatch.setattr('reidlit.ics.comparison.few_pictures', lambda run, *_: run.add({
         f'{m}, {n} pictures': v for n in (2, 8) for m, v in scores.items()}))
     run = Run(0, 'ci')
     pictures(run)

@@ -124,6 +124,7 @@ def test_an_old_module_works_with_a_warning(old):
     ('metrics.retrieval.pick_threshold', 'metrics.thresholds.pick_threshold'),
     ('metrics.retrieval.pair_distances', 'metrics.thresholds.pair_distances'),
     ('mcssl.pseudolabels.Association', 'mcssl.pairs.BoxAssociation'),
+    ('ics.lab.ics_world', 'ics.comparison.ics_world'),
     ('mcssl.pseudolabels.funnel', 'mcssl.pairs.funnel')])
 def test_an_old_name_works_with_a_warning(old, new):
     find = lambda path: getattr(importlib.import_module('reidlit.'+path.rpartition('.')[0]),
