@@ -13,7 +13,7 @@ MODULES = { # old module: where its names are now
     'epipolar': ['mcssl.epipolar'], 'pseudolabels': ['mcssl.pseudolabels', 'mcssl.pairs'],
     'consistency': ['mcssl.consistency'], 'mcssl_lab': ['mcssl.lab'],
     'detectors': ['detection.detectors', 'detection.training'],
-    'yolov3': ['detection.yolov3'],
+    'yolov3': ['detection.yolov3', 'detection.yolo_grids', 'detection.darknet'],
     'tracking': ['detection.trackers'], 'results': ['experiments'],
     'cameras': ['camera_bias', 'camera_labels'],
     'metrics.single': ['metrics.single_shot'],

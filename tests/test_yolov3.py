@@ -13,9 +13,10 @@ from reidlit.detection.detectors import Detections,make_detector
 from reidlit.detection.training import detector_learner,world_frames
 from reidlit.data.world import World
 from reidlit.detection.yolo_grids import shape_iou
+from reidlit.detection.darknet import darknet_tensors, load_darknet, save_darknet
 from reidlit.detection.yolov3 import (BOX_LOSSES, COCO_ANCHORS, STRIDES, TinyDarknet, YoloHead,
-                            YoloV3, darknet_tensors, decode, encode, frame_losses,
-                            load_darknet, pad_frames, save_darknet,
+                            YoloV3, decode, encode, frame_losses,
+                            pad_frames,
                             tiny_yolov3, upright_anchors, yolov3)
 
 A = torch.tensor(COCO_ANCHORS).float()

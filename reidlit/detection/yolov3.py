@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['BOX_LOSSES', 'TINY_SIZES', 'TinyDarknet', 'Darknet53', 'YoloHead', 'frame_losses', 'YoloV3', 'upright_anchors',
-           'yolov3', 'tiny_yolov3', 'darknet_tensors', 'save_darknet', 'load_darknet']
+           'yolov3', 'tiny_yolov3']
 
 # %% ../../nbs/14c_detection.yolov3.ipynb #e6ed1bbb
-from pathlib import Path
-import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
+import torch,torch.nn as nn,torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from torchvision.ops import (batched_nms,box_iou,complete_box_iou_loss,
     generalized_box_iou_loss)
-from ..core import DataError,check_shapes,write_atomic
+from ..core import check_shapes
 from .detectors import MAKERS,Detections,Detector
 from .._moved import moved_names
 from reidlit.detection.yolo_grids import (COCO_ANCHORS,STRIDES,by_anchor,decode,
     encode,pad_frames)
 
 # %% ../../nbs/14c_detection.yolov3.ipynb #9f767c45
-__getattr__ = moved_names(__name__, shape_iou='detection.yolo_grids.shape_iou')
+__getattr__ = moved_names(__name__, shape_iou='detection.yolo_grids.shape_iou',
+    **{n:f'detection.darknet.{n}' for n in ('darknet_tensors', 'load_darknet',
+                                            'save_darknet')})
 
 # %% ../../nbs/14c_detection.yolov3.ipynb #ac38921a
 def _conv(ni, no, k=3, stride=1):
@@ -297,56 +298,3 @@ def tiny_yolov3(
 )->YoloV3: # Untrained, .7 million weights
     "A detector for frames of about 480 by 270 pixels."
     return yolov3('tiny', classes, aspect=aspect, **kwargs)
-
-# %% ../../nbs/14c_detection.yolov3.ipynb #f38ae88b
-def darknet_tensors(
-    model:nn.Module # A detector, or its backbone alone
-)->list: # Parameters and statistics
-    "A model's tensors in the order of a `.weights` file."
-    kinds = (nn.Conv2d, nn.BatchNorm2d)
-    layers,out = [m for m in model.modules() if isinstance(m, kinds)],[]
-    for m,after in zip(layers, [*layers[1:], None]):
-        if isinstance(m, nn.BatchNorm2d): continue
-        if isinstance(after, nn.BatchNorm2d):
-            out += [after.bias, after.weight, after.running_mean, after.running_var]
-        if m.bias is not None: out.append(m.bias)
-        out.append(m.weight)
-    return out
-
-# %% ../../nbs/14c_detection.yolov3.ipynb #80817e2f
-def save_darknet(
-    model:nn.Module, # A detector, or its backbone alone
-    path, # Where to
-    seen:int=0, # Pictures seen in training
-    version:tuple=(0, 2, 0) # Major, minor, revision
-)->Path: # The same path
-    "The path, after the model was written to it as a `.weights` file."
-    kind = '<i8' if version[0]*10+version[1]>=2 else '<i4'
-    parts = [np.array(version, '<i4'),np.array([seen], kind)]
-    parts += [t.detach().cpu().numpy().astype('<f4') for t in darknet_tensors(model)]
-    return write_atomic(path, b''.join(p.tobytes() for p in parts))
-
-# %% ../../nbs/14c_detection.yolov3.ipynb #01789c9c
-def _header(path):
-    "Bytes of a `.weights` header."
-    if not path.is_file(): raise DataError(path, 'no such file', 'a .weights file')
-    head = np.fromfile(path, '<i4', 3)
-    if len(head)<3: raise DataError(path, 'too short for a header', '16 bytes or more')
-    return 20 if head[0]*10+head[1]>=2 else 16
-
-@torch.no_grad()
-def load_darknet(
-    model:nn.Module, # A detector, or its backbone alone; changed in place
-    path # A `.weights` file of the same network
-)->nn.Module: # The same model
-    "The model with a file's weights; `DataError` if its length does not fit."
-    path = Path(path)
-    start,tensors = _header(path),darknet_tensors(model)
-    n,size = sum(t.numel() for t in tensors),path.stat().st_size
-    if size!=start+4*n:
-        raise DataError(path, f'{(size-start)/4:,.10g} numbers', f'{n:,}')
-    values,at = np.memmap(path, '<f4', 'r', start, n),0
-    for t in tensors:
-        t.copy_(torch.from_numpy(np.array(values[at:at+t.numel()])).view(t.shape))
-        at += t.numel()
-    return model
