@@ -31,6 +31,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'reidlit.camera_labels.camera_mean': ('camera_labels.html#camera_mean', 'reidlit/camera_labels.py'),
                                        'reidlit.camera_labels.check_ids': ('camera_labels.html#check_ids', 'reidlit/camera_labels.py')},
             'reidlit.cli': { 'reidlit.cli._given': ('cli.html#_given', 'reidlit/cli.py'),
+                             'reidlit.cli._sources': ('cli.html#_sources', 'reidlit/cli.py'),
                              'reidlit.cli.about': ('cli.html#about', 'reidlit/cli.py'),
                              'reidlit.cli.camera_number': ('cli.html#camera_number', 'reidlit/cli.py'),
                              'reidlit.cli.choices': ('cli.html#choices', 'reidlit/cli.py'),

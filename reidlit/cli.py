@@ -200,6 +200,12 @@ def draw_world(
 # %% ../nbs/80_cli.ipynb #18d8608f
 def _given(**values): return {k:v for k,v in values.items() if v is not None}
 
+def _sources(method, words):
+    "Labelled sets by name, read only for a method that starts from some."
+    if words and not load_paper(method).sources: raise ValueError(
+        f'source {words[0]!r}: {method} does not start from labelled sets')
+    return read_sources(words or ())
+
 @command('train', 'method')
 def train_command(
     method:str, # baseline, crossdataset or ics
@@ -225,7 +231,7 @@ def train_command(
     changes = choices(set_ or ()) | dict(seed=seed) | _given(epochs=epochs, lr=lr,
         backbone=backbone, weights=weights, p=p, variant=variant)
     try: run = train_method(method, data, root, preset, out, resume, device,
-        read_sources(source or ()), people, cameras, **changes)
+        _sources(method, source), people, cameras, **changes)
     except KeyboardInterrupt:
         typer.echo('\nstopped; --resume goes on after the last whole epoch')
         raise typer.Exit(130)
@@ -296,7 +302,7 @@ def reproduce_command(
 ):
     "Run PAPER's experiment for each seed and add it to the stored result."
     numbers = [] if seeds=='none' else [int(s) for s in seeds.split(',')]
-    try: reproduce(load_paper(paper), what, data, root, read_sources(source or ()),
+    try: reproduce(load_paper(paper), what, data, root, _sources(paper, source),
                    preset, numbers, results, device, typer.echo)
     except KeyboardInterrupt:
         typer.echo('\nstopped; the same command goes on after the last whole arm')

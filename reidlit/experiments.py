@@ -312,13 +312,13 @@ def _experiment(paper, what, data):
     return paper.experiments[what] if data=='world' else paper.real
 
 def _opener(paper, data, root, seed):
-    "A function of a size that opens the data."
-    if paper.readers is None:
-        return lambda size=(64, 32): open_data(data, root, seed=seed, size=size)
-    if data not in paper.readers or root is None: raise ValueError(
-        f'{paper.name} on {data!r}: expected --data, one of '
-        f'{tuple(paper.readers)}, and --root FOLDER')
-    return lambda size=None: paper.readers[data](root)
+    "A function of a size that gives the data; a real set is read at once."
+    if data=='world': return lambda size: open_data(data, seed=seed, size=size)
+    if paper.readers is None: d = open_data(data, root, seed=seed)
+    elif data in paper.readers and root is not None: d = paper.readers[data](root)
+    else: raise ValueError(f'{paper.name} on {data!r}: expected --data, one of '
+                           f'{tuple(paper.readers)}, and --root FOLDER')
+    return lambda size=None: d
 
 @contextmanager
 def _sitting(folder, say):
@@ -354,8 +354,7 @@ def reproduce(
     path = Path(results)/f'{name}-{preset}.json'
     if not seeds: rejudge(path, e.claims)
     for seed in seeds:
-        given = None if data=='world' and paper.readers is not None else \
-            _opener(paper, data, root, seed)
+        given = _opener(paper, data, root, seed)
         with _sitting(path.with_name(f'.{path.stem}-seed{seed}'), say) as folder:
             run = Run(seed, preset, device, say, 'drawn' if data=='world' else 'real',
                       given, sources or {}, folder=folder)

@@ -327,7 +327,7 @@ def test_published_backbones():
 
 def test_weights_that_cannot_be_downloaded(monkeypatch):
     def no(*_, **__): raise OSError('no route to host')
-    monkeypatch.setattr(detectors, 'fasterrcnn_resnet50_fpn', no)
+    monkeypatch.setattr('reidlit.detection.detectors.fasterrcnn_resnet50_fpn', no)
     with pytest.raises(ConnectionError, match=r'could not be downloaded \(OSError\).*weights=None'):
         faster_rcnn('resnet50', weights='hub')
     for backbone, weights in (('tiny', 'hub'), ('resnet50', 'there'), ('tiny', 'there')):
@@ -363,7 +363,7 @@ def test_broken_and_other_files(tmp_path):
     save_file(half, files['lacking'], note(dict(network='faster_rcnn', backbone='smaller')))
     save_file(state, files['odd'], note(dict(network='faster_rcnn', colour='red')))
     for f in files.values():
-        with pytest.raises(DataError, match=f'{f.name}: not a detector'): load_detector(f, 'cpu')
+        with pytest.raises(DataError, match=f'{f.name}: not a model'): load_detector(f, 'cpu')
     with pytest.raises(DataError, match='no such file'): load_detector(tmp_path/'none', 'cpu')
     pickled = tmp_path/'p.safetensors'
     torch.save(state, pickled)
@@ -378,7 +378,7 @@ def test_base_is_made_once(tmp_path, monkeypatch):
     d = base_detector('vehicles', device='cpu', backbone='smaller')
     path = tmp_path/'models'/'ci'/base_name('vehicles', backbone='smaller')
     assert path.exists() and d.made['aspect'] == .6 and d.fixed_stats
-    monkeypatch.setattr(detectors, 'make_base', partial(pytest.fail, 'made twice'))
+    monkeypatch.setattr('reidlit.detection.training.make_base', partial(pytest.fail, 'made twice'))
     again = base_detector('vehicles', device='cpu', backbone='smaller')
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in d.state_dict().items())
     for f in (base_detector, make_base, public_frames):

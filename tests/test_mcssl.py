@@ -94,7 +94,7 @@ def test_settings():
         s = mcssl_settings(p)
         assert {k for k in s if s[k] != MCSSL[k]} <= may_change and mcssl_settings(**s) == s
     with pytest.raises(ValueError, match="unknown settings ..T_cls"): mcssl_settings(T_cls=.5)
-    with pytest.raises(ValueError, match="preset 'tiny'"): mcssl_settings('tiny')
+    with pytest.raises(ValueError, match="'tiny'"): mcssl_settings('tiny')
 
 
 def test_phases_train_their_parts_and_nothing_else(run, base, items):

@@ -1,5 +1,6 @@
 "Files of networks: old ones, foreign ones, and runs that were made before 0.2."
 import json
+import sys
 import warnings
 
 import pytest
@@ -86,6 +87,7 @@ def test_shipped_goes_first(tmp_path, monkeypatch):
 
 
 def test_names_of_before_work_and_say_where_they_are():
+    sys.modules.pop('reidlit.memory', None) # a module warns once
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         from reidlit.ics import PAPER, SETTINGS

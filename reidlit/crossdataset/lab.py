@@ -298,6 +298,7 @@ def real_core(
         score(name, lambda: t.learn.model)
         return t
     with quiet():
+        seed_all(run.seed)
         net = embedding_net(s, run.device)
         first = ReidModel(net.body, dtype=net.dtype).to(default_device(run.device))
         score('first weights', lambda: first)
