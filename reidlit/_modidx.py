@@ -867,6 +867,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'reidlit.experiments._sitting': ('experiments.html#_sitting', 'reidlit/experiments.py'),
                                      'reidlit.experiments._write': ('experiments.html#_write', 'reidlit/experiments.py'),
                                      'reidlit.experiments.add_seed': ('experiments.html#add_seed', 'reidlit/experiments.py'),
+                                     'reidlit.experiments.check_sources': ('experiments.html#check_sources', 'reidlit/experiments.py'),
                                      'reidlit.experiments.first_weights': ('experiments.html#first_weights', 'reidlit/experiments.py'),
                                      'reidlit.experiments.judge': ('experiments.html#judge', 'reidlit/experiments.py'),
                                      'reidlit.experiments.load_paper': ('experiments.html#load_paper', 'reidlit/experiments.py'),

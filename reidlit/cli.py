@@ -28,8 +28,8 @@ from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
 from .data.world import World
 from .detection.detectors import load_detector,save_detector
 from .detection.training import base_detector,detector_scores,make_base
-from reidlit.experiments import (Run,load_paper,papers,reproduce,surroundings,
-    train_run)
+from .experiments import (Run,check_sources,load_paper,papers,reproduce,
+    surroundings,train_run)
 from .learner import extract_features,fast_dtype
 from .metrics.thresholds import pair_distances,pick_threshold
 from .models import weights_file
@@ -71,14 +71,14 @@ def train_method(
     paper,preset = load_paper(method),preset or active_preset()
     if paper.train is None: raise ValueError(
         f'method {method!r} is not trained on crops: see reidlit customise --help')
-    if sources and not paper.sources: raise ValueError(
-        f'--source {list(sources)}: {method} does not start from labelled sets')
+    check_sources(paper, sources)
     kind = 'drawn' if data=='world' else 'real'
     s = paper.settings(kind, preset, **changes)
     d = open_data(data, root, people, cameras, s['seed'], tuple(s['size']))
     for part in (d.train, d.query, d.gallery): say(str(part))
     s['data'] = dict(data=data, root=root and str(Path(root).resolve()),
                      people=people, cameras=cameras)
+    if sources: s['data']['sources'] = {k:len(v) for k,v in sources.items()}
     folder = Path(out or data_home('runs', f'{method}-{data}-{preset}'))
     run = Run(s['seed'], preset, device, say, kind, None, sources or {}, s, folder,
               resume)
@@ -153,6 +153,9 @@ def diagnosis()->list: # Lines of text
         try: weights_file(name); found = 'installed'
         except FileNotFoundError as e: found = str(e)
         lines.append(f'ImageNet weights {name}: {found}')
+    for word,names in (('crops', READERS), ('frames', FRAME_READERS),
+                       ('layouts of drawn worlds', WRITERS)):
+        lines.append(f'{word}: {", ".join(names)}')
     home = data_home()
     has = sorted(p.name for p in home.glob('*') if p.is_dir())
     return lines+[f'data folder {home}: {", ".join(has) or "empty"}']
@@ -202,8 +205,7 @@ def _given(**values): return {k:v for k,v in values.items() if v is not None}
 
 def _sources(method, words):
     "Labelled sets by name, read only for a method that starts from some."
-    if words and not load_paper(method).sources: raise ValueError(
-        f'source {words[0]!r}: {method} does not start from labelled sets')
+    check_sources(load_paper(method), words)
     return read_sources(words or ())
 
 @command('train', 'method')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verdict', 'surroundings', 'read_result', 'Claim', 'judge', 'add_seed', 'rejudge', 'result_rows', 'numbers', 'Run',
-           'Experiment', 'Paper', 'papers', 'load_paper', 'reproduce', 'first_weights', 'train_run']
+           'Experiment', 'Paper', 'papers', 'load_paper', 'check_sources', 'reproduce', 'first_weights', 'train_run']
 
 # %% ../nbs/16_experiments.ipynb #a7827be7
 import importlib,json,os,platform,pkgutil,re,shutil,subprocess,time
@@ -300,6 +300,14 @@ def load_paper(
         raise ValueError(f'paper {name!r}: expected one of {papers()}')
     return importlib.import_module(f'reidlit.{name}.lab').PAPER
 
+def check_sources(
+    paper:Paper, # Whose method
+    sources # Names, or `NAME=FOLDER` words; none is always right
+):
+    "`ValueError` if labelled sets are given to a method that takes none."
+    if sources and not paper.sources: raise ValueError(
+        f'sources {list(sources)}: {paper.name} does not start from labelled sets')
+
 # %% ../nbs/16_experiments.ipynb #a85f68b6
 def _experiment(paper, what, data):
     "The experiment of these names."
@@ -348,8 +356,7 @@ def reproduce(
 )->Path: # The result's file
     "The stored result with these seeds; `ValueError` for no such experiment."
     e,preset = _experiment(paper, what, data),preset or active_preset()
-    if sources and not paper.sources: raise ValueError(
-        f'sources {list(sources)}: {paper.name} does not start from labelled sets')
+    check_sources(paper, sources)
     name = f'{paper.name}-{data}' if what=='core' else f'{paper.name}-{what}-{data}'
     path = Path(results)/f'{name}-{preset}.json'
     if not seeds: rejudge(path, e.claims)
@@ -379,19 +386,20 @@ def train_run(
     paper:Paper, # Whose method
     run:Run, # With settings, and a folder or none
     d # With train, query and gallery, from `open_data`
-)->SimpleNamespace: # `learn`, and `before`, `after`: `ReidScores`
+)->SimpleNamespace: # `learn`; `before`, `after`: `ReidScores`; `scores`: numbers
     "A trained method with its scores; `DataError` if the folder holds a run."
     check_folder(run.folder, run.resume)
     s = run.settings
     score = lambda model: score_target(model, d, s['size'])
     before = score(first_weights(s, run.device))
     learn = paper.train(run, d)
-    t = SimpleNamespace(learn=learn, before=before, after=score(learn.model))
+    after = score(learn.model)
+    scores = {k:dict(mAP=x.mAP, rank1=float(x.cmc[0]), mINP=x.mINP)
+              for k,x in (('untrained', before), ('trained', after))}
+    t = SimpleNamespace(learn=learn, before=before, after=after, scores=scores)
     if run.folder is None: return t
     save_model(learn.model, run.folder/'model.safetensors', **s)
-    numbers = lambda s: dict(mAP=s.mAP, rank1=float(s.cmc[0]), mINP=s.mINP)
-    out = dict(paper=paper.name, preset=run.preset, untrained=numbers(before),
-        trained=numbers(t.after), rules=t.after.rules, settings=s,
-        seconds=round(run.taken(), 1), **surroundings())
+    out = dict(paper=paper.name, preset=run.preset, **scores, rules=after.rules,
+        settings=s, seconds=round(run.taken(), 1), **surroundings())
     write_atomic(run.folder/'scores.json', (json.dumps(out, indent=1)+'\n').encode())
     return t

@@ -25,9 +25,7 @@ def core(
 ):
     "Before and after training, on one world or a real set."
     run.settings = s = baseline_settings(run.kind, run.preset, seed=run.seed)
-    t = train_run(PAPER, run, run.data(tuple(s['size'])))
-    run.add({name:dict(mAP=x.mAP, rank1=x.cmc[0], mINP=x.mINP)
-             for name,x in (('untrained', t.before), ('trained', t.after))})
+    run.add(train_run(PAPER, run, run.data(tuple(s['size']))).scores)
 
 # %% ../../nbs/19_baseline.lab.ipynb #877994af
 PAPER = Paper('baseline', 'The supervised baseline',
