@@ -902,6 +902,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'reidlit.geometry._bend': ('geometry.html#_bend', 'reidlit/geometry.py'),
                                   'reidlit.geometry._finite': ('geometry.html#_finite', 'reidlit/geometry.py'),
                                   'reidlit.geometry._homog': ('geometry.html#_homog', 'reidlit/geometry.py'),
+                                  'reidlit.geometry._meet': ('geometry.html#_meet', 'reidlit/geometry.py'),
                                   'reidlit.geometry._points': ('geometry.html#_points', 'reidlit/geometry.py'),
                                   'reidlit.geometry._straighten': ('geometry.html#_straighten', 'reidlit/geometry.py'),
                                   'reidlit.geometry.epipolar_distance': ('geometry.html#epipolar_distance', 'reidlit/geometry.py'),

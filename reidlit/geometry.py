@@ -129,15 +129,17 @@ def resize(self:Camera,
 def _bend(x, dist):
     "Distorted `x` (focal lengths), and its derivatives uu, uv and vv."
     k1,k2,p1,p2,k3,k4,k5,k6 = dist
-    u,v = x[..., 0],x[..., 1]
-    r = u*u + v*v
-    d = 1 + r*(k4 + r*(k5 + r*k6))
-    f = (1 + r*(k1 + r*(k2 + r*k3)))/d
-    df = 2*(k1 + r*(2*k2 + 3*r*k3) - f*(k4 + r*(2*k5 + 3*r*k6)))/d
-    y = np.stack([u*f + 2*p1*u*v + p2*(r+2*u*u),
-                  v*f + 2*p2*u*v + p1*(r+2*v*v)], -1)
-    return y, (f + u*u*df + 2*p1*v + 6*p2*u, u*v*df + 2*p1*u + 2*p2*v,
-               f + v*v*df + 2*p2*u + 6*p1*v)
+    u,v = np.moveaxis(x, -1, 0).copy()
+    uu,uv,vv = u*u,u*v,v*v
+    r = uu + vv
+    f,df = 1 + r*(k1 + r*(k2 + r*k3)),2*(k1 + r*(2*k2 + 3*r*k3))
+    if k4 or k5 or k6:
+        d = 1 + r*(k4 + r*(k5 + r*k6))
+        f = f/d
+        df = (df - 2*f*(k4 + r*(2*k5 + 3*r*k6)))/d
+    y = np.stack([u*f + 2*p1*uv + p2*(r+2*uu), v*f + 2*p2*uv + p1*(r+2*vv)], -1)
+    return y, (f + uu*df + 2*p1*v + 6*p2*u, uv*df + 2*p1*u + 2*p2*v,
+               f + vv*df + 2*p2*u + 6*p1*v)
 
 @patch(as_prop=True)
 def _limit(self:Camera):
@@ -149,13 +151,16 @@ def _limit(self:Camera):
     return r[(abs(r.imag)<1e-9)&(r.real>0)].real.min(initial=np.inf)
 
 def _straighten(y, dist, limit, steps=30):
-    "The `x` that `_bend` takes to `y`, by Newton's method; NaN if none."
-    x = y.copy()
+    "The `x` `(N,2)` that `_bend` takes to `y`, by Newton's method; NaN if none."
+    x,on = y.copy(),slice(None)
     for _ in range(steps):
-        z,(a,b,d) = _bend(x, dist)
-        e,det = z - y, a*d - b*b
-        x = x - np.stack([d*e[..., 0] - b*e[..., 1],
-                          a*e[..., 1] - b*e[..., 0]], -1)/det[..., None]
+        z,(a,b,d) = _bend(x[on], dist)
+        (e,f),det = (z - y[on]).T, a*d - b*b
+        step = np.stack([(d*e - b*f)/det, (a*f - b*e)/det], -1)
+        x[on] -= step
+        far = (abs(step)>1e-6).any(-1) # the next error is a step's square
+        if not far.any(): break
+        if not far.all(): on = np.arange(len(x))[on][far]
     miss = np.linalg.norm(_bend(x, dist)[0] - y, axis=-1)
     ok = (miss<1e-9)&(np.linalg.norm(x, axis=-1)<limit)
     return np.where(ok[..., None], x, np.nan)
@@ -169,8 +174,9 @@ def undistort(self:Camera,
     x = _points(x, 2, 'x')
     if not self.dist.any(): return x
     n = _homog(x)@np.linalg.inv(self.K)[:2].T
-    with np.errstate(all='ignore'): n = _straighten(n, self.dist, self._limit)
-    return _homog(n)@self.K[:2].T
+    with np.errstate(all='ignore'):
+        flat = _straighten(n.reshape(-1, 2), self.dist, self._limit)
+    return _homog(flat.reshape(n.shape))@self.K[:2].T
 
 @patch
 def distort(self:Camera,
@@ -270,6 +276,14 @@ def epipoles(
     return pixel(v[-1]), pixel(u[:, -1])
 
 # %% ../nbs/02_geometry.ipynb #e7bc3212
+def _meet(A):
+    "Least squares `(N,3)` of rows `(V,N,2,4)`, by Cramer's rule."
+    A = A.swapaxes(0, 1).reshape(A.shape[1], -1, 4)
+    M = A.swapaxes(1, 2)@A
+    (a,b,c),g = M[:, :3, :3].swapaxes(0, 1),-M[:, :3, 3:]
+    bc,ca,ab = np.cross(b, c),np.cross(c, a),np.cross(a, b)
+    return (bc*g[:, 0] + ca*g[:, 1] + ab*g[:, 2])/(a*bc).sum(-1, keepdims=True)
+
 def triangulate(
     cams:list, # V cameras in one unit
     points # Pixels as photographed `(V,...,2)`; NaN is not seen
@@ -278,20 +292,20 @@ def triangulate(
     x,V = _points(points, 2, 'points'),len(cams)
     if V<2 or len(x)!=V:
         raise ValueError(f'{V} cameras and points of {len(x)}: need 2 or more')
-    C,R = (np.stack([getattr(c, k) for c in cams]) for k in ('center', 'R'))
+    C,R,K = (np.stack([getattr(c, k) for c in cams]) for k in ('center', 'R', 'K'))
     mid = C.mean(0)
     scale = np.linalg.norm(C - mid, axis=-1).max()
     if scale<=1e-9*np.linalg.norm(C, axis=-1).max():
         raise ValueError(f'all cameras stand at {mid}: depth cannot be found')
-    n = [_homog(c.undistort(p.reshape(-1, 2)))@np.linalg.inv(c.K)[:2].T
-         for c,p in zip(cams, x)]
-    n = np.stack(n)[..., None] # (V,N,2,1)
+    n = [c.undistort(p.reshape(-1, 2)) for c,p in zip(cams, x)]
+    n = (np.stack(n) - K[:, None, :2, 2])[..., None] # (V,N,2,1)
     P = np.concatenate([R, R@(mid - C)[..., None]/scale], -1)[:, None]
     seen = np.isfinite(n).all(-2)
-    A = np.where(seen[..., None], n*P[:, :, 2:] - P[:, :, :2], 0)
-    h = np.linalg.svd(A.swapaxes(0, 1).reshape(-1, 2*V, 4))[2][:, -1]
-    with np.errstate(divide='ignore', invalid='ignore'):
-        X = mid + scale*h[:, :3]/h[:, 3:]
+    rows = np.where(seen[..., None], n*P[:, :, 2:] - K[:, None, :2, :2]@P[:, :, :2], 0)
+    with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
+        X = _meet(rows)
+        depth = (P[..., 2, :3]*X).sum(-1) + P[..., 2, 3]
+        X = mid + scale*_meet(rows/depth[..., None, None])
     X = np.where(seen.sum(0)<2, np.nan, X).reshape(*x.shape[1:-1], 3)
     miss = np.stack([np.linalg.norm(c.project(X)[0] - p, axis=-1)
                      for c,p in zip(cams, x)])

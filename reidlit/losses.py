@@ -16,14 +16,18 @@ def pairwise_distances(
     squared:bool=False # Squared Euclidean instead of Euclidean
 )->torch.Tensor: # `(N,M)`, float32 or float64, also under autocast
     "Euclidean distances whose gradient is finite everywhere."
-    b = a if b is None else b
+    one,b = b is None,a if b is None else b
     if a.ndim!=2 or b.ndim!=2 or a.shape[1]!=b.shape[1]:
         raise ValueError(f'features {tuple(a.shape)} and {tuple(b.shape)}: '
                          'expected (N, D) and (M, D)')
-    if a.dtype!=torch.float64: a,b = a.float(),b.float()
-    # in this mode `cdist` takes differences, without storing the (N,M,D) cube
-    d2 = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')**2
-    return d2 if squared else (d2+1e-12).sqrt()
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    middle = b.detach().double().mean(0) # short vectors lose fewer digits
+    a = a.double()-middle
+    b = a if one else b.double()-middle
+    ab = a@b.T
+    aa,bb = [ab.diagonal()]*2 if one else [(v*v).sum(1) for v in (a, b)]
+    d2 = (aa[:, None]+bb-2*ab).clamp(min=0)
+    return (d2 if squared else (d2+1e-12).sqrt()).to(dtype)
 
 # %% ../nbs/11_losses.ipynb #e4ef807e
 def triplet_masks(
@@ -49,8 +53,8 @@ def batch_distances(
     feats:torch.Tensor # Features `(N,D)`
 )->torch.Tensor: # `(N,N)`
     "Distances of a batch; `ValueError` names a row that is not finite."
-    d = pairwise_distances(feats)
-    if d.isfinite().all(): return d
+    d2 = pairwise_distances(feats, squared=True)
+    if d2.isfinite().all(): return (d2+1e-12).sqrt()
     as_features(feats, 'feats') # names the row, if it is a row
     raise ValueError(f'feats up to {feats.abs().max():.1e}: distances overflow')
 
@@ -75,11 +79,12 @@ def batch_hard_triplet(
     stats:bool=False # Return a dict of measurements too
 )->torch.Tensor|tuple: # Mean over valid anchors; 0 with a graph if none
     "Batch-hard triplet loss; with `stats` a pair of loss and dict."
-    d = batch_distances(feats)
+    with torch.no_grad(): d = batch_distances(feats)
     pos,neg,ok = triplet_masks(pids, positives, negatives)
-    far = d.masked_fill(~pos, -torch.inf).max(1).values
-    near = d.masked_fill(~neg, torch.inf).min(1).values
-    each = margin_loss(far-near, margin)
+    rows = d.masked_fill(~pos, -1).argmax(1),d.masked_fill(~neg, torch.inf).argmin(1)
+    x = feats.to(d.dtype) # two distances of each are enough for the gradient
+    far,near = (((x-x[r]).pow(2).sum(1)+1e-12).sqrt() for r in rows)
+    each = torch.where(ok, margin_loss(far-near, margin), 0)
     n = ok.sum()
     loss = each.sum()/n.clamp(min=1)
     if not stats: return loss

@@ -1,24 +1,17 @@
 "The command as a user meets it: interrupted, killed, resumed, misused."
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command import COMMAND, run
 from PIL import Image
 from real import REAL
 from safetensors.numpy import load_file
 
-COMMAND = str(Path(sys.executable).with_name('reidlit'))
 WORLD = ['--people', '40', '--cameras', '2', '--preset', 'ci']
-
-
-def run(*words, **kwargs):
-    return subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True, **kwargs)
 
 
 def weights(folder):
@@ -27,14 +20,13 @@ def weights(folder):
 
 
 def train(folder, *more):
-    return [COMMAND, 'train', 'baseline', *WORLD, '--epochs', '6', '--device', 'cpu',
-            '--out', str(folder), *more]
+    return ['train', 'baseline', *WORLD, '--epochs', '6', '--device', 'cpu', '--out', str(folder), *more]
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
-    done = subprocess.run(train(folder), capture_output=True, text=True)
+    done = run(*train(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -42,7 +34,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGKILL], ids=['ctrl-c', 'kill'])
 def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
     folder = tmp_path / 'run'
-    process = subprocess.Popen(train(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = subprocess.Popen([COMMAND, *train(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     end = time.time() + 180
     while not (folder / 'checkpoint.json').exists() and process.poll() is None:
@@ -54,9 +46,9 @@ def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
     assert 1 <= done < 6, 'stopped too late to test anything'
     if sign == signal.SIGINT:
         assert process.returncode == 130 and '--resume' in out
-    again = subprocess.run(train(folder), capture_output=True, text=True)
+    again = run(*train(folder))
     assert again.returncode == 2 and 'holds a checkpoint' in again.stderr
-    more = subprocess.run(train(folder, '--resume'), capture_output=True, text=True)
+    more = run(*train(folder, '--resume'))
     assert more.returncode == 0, more.stderr
     (a, x), (b, y) = weights(whole), weights(folder)
     assert a['history'] == b['history'] and len(a['history']) == 6
@@ -65,7 +57,7 @@ def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
 
 
 def test_resume_with_other_settings_is_refused(whole):
-    done = subprocess.run(train(whole, '--resume', '--lr', '.5'), capture_output=True, text=True)
+    done = run(*train(whole, '--resume', '--lr', '.5'))
     assert done.returncode == 2 and "['lr']" in done.stderr
 
 
@@ -85,6 +77,11 @@ def test_reproduce_adds_seeds_and_demo_writes_its_page(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / 'report' / 'index.html').read_text()
     assert page.count('<img') >= 9 and 'baseline-world, preset ci' in page
+
+
+def test_the_installed_command(tmp_path):
+    done = subprocess.run([COMMAND, 'train', 'moon'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "paper 'moon'" in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_broken_checkpoint_is_named(whole, tmp_path):
@@ -126,7 +123,6 @@ def test_plain_folder_of_people_trains(tmp_path):
 
 @pytest.mark.parametrize('words, said', [
     (['train', 'baseline', '--data', 'market1501', '--root', 'nowhere'], 'nowhere: no such folder'),
-    (['train', 'moon'], "paper 'moon'"),
     (['reproduce', 'moon'], "paper 'moon'"),
     (['reproduce', 'baseline', '--what', 'figures'], "'figures' on 'world'"),
     (['train', 'mcssl'], 'customise'), (['train', 'ics', '--variant', 'M9'], "'M9'"),
@@ -141,8 +137,10 @@ def test_plain_folder_of_people_trains(tmp_path):
     (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'nowhere: no such file'),
     (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
     (['world', 'out', '--people', 'many'], '--people')])
-def test_misuse_is_one_line(words, said, tmp_path):
-    done = run(*words, cwd=tmp_path, env=os.environ | {'REIDLIT_DATA': str(tmp_path / 'data')})
+def test_misuse_is_one_line(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('REIDLIT_DATA', str(tmp_path / 'data'))
+    done = run(*words)
     assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
     assert not any(tmp_path.iterdir())
 

@@ -2,25 +2,23 @@
 import json
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command import COMMAND, run
 from PIL import Image
 from real import REAL
 from safetensors.numpy import load_file
 
 from reidlit.data.world import World
 
-COMMAND = str(Path(sys.executable).with_name('reidlit'))
 QUICK = ['--preset', 'ci', '--device', 'cpu', '--p', '4']
 METHODS = {'ics': ('stage1', 'stage2'), 'crossdataset': ('sources', 'target')}
 
 
-def run(*words):
-    done = subprocess.run([COMMAND, *map(str, words)], capture_output=True, text=True)
+def said(*words):
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('method', METHODS)
 def test_killed_training_resumes_to_the_same_model(method, folder, tmp_path):
     words = ['train', method, '--data', 'folder', '--root', folder, *QUICK]
-    whole = run(*words, '--out', tmp_path/'a')
+    whole = said(*words, '--out', tmp_path/'a')
     assert 'untrained: mAP' in whole and '3 cameras' in whole
     begun = subprocess.Popen([COMMAND, *map(str, words), '--out', str(tmp_path/'b')],
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -48,17 +46,16 @@ def test_killed_training_resumes_to_the_same_model(method, folder, tmp_path):
     begun.send_signal(signal.SIGKILL)
     begun.wait()
     assert first.exists() and not (tmp_path/'b'/'model.safetensors').exists(), 'killed too late'
-    refused = subprocess.run([COMMAND, *map(str, words), '--out', str(tmp_path/'b')],
-                             capture_output=True, text=True)
+    refused = run(*words, '--out', tmp_path/'b')
     assert refused.returncode == 2 and 'holds a checkpoint' in refused.stderr
-    run(*words, '--out', tmp_path/'b', '--resume')
+    said(*words, '--out', tmp_path/'b', '--resume')
     a, b = (load_file(tmp_path/k/'model.safetensors') for k in 'ab')
     assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
     scores = [json.loads((tmp_path/k/'scores.json').read_text()) for k in 'ab']
     assert scores[0]['trained'] == scores[1]['trained'] and scores[0]['paper'] == method
-    scored = run('eval', tmp_path/'a')
+    scored = said('eval', tmp_path/'a')
     assert f"mAP {scores[0]['trained']['mAP']:.2%}" in scored
-    found = run('search', next(folder.iterdir()), folder, '--run', tmp_path/'a', '--out', tmp_path/'s', '--top', 3)
+    found = said('search', next(folder.iterdir()), folder, '--run', tmp_path/'a', '--out', tmp_path/'s', '--top', 3)
     assert 'queries in' in found and (tmp_path/'s'/'search.png').exists()
 
 
@@ -67,12 +64,12 @@ def test_methods_on_real_crops(method, tmp_path):
     root = REAL/'market1501_dev'
     if not root.exists(): pytest.skip(f'{root} is absent')
     more = ['--epochs', 1] + (['--set', 'batches=2'] if method == 'crossdataset' else [])
-    run('train', method, '--data', 'market1501', '--root', root, *QUICK, *more, '--out', tmp_path/'run')
-    scored = run('eval', tmp_path/'run')
+    said('train', method, '--data', 'market1501', '--root', root, *QUICK, *more, '--out', tmp_path/'run')
+    scored = said('eval', tmp_path/'run')
     trained = json.loads((tmp_path/'run'/'scores.json').read_text())['trained']
     assert '429 queries' in scored and f"mAP {trained['mAP']:.2%}" in scored
 
 
 def test_ics_on_the_world(tmp_path):
-    run('train', 'ics', '--people', 40, '--cameras', 2, '--variant', 'M3', *QUICK, '--out', tmp_path/'run')
-    assert 'mAP' in run('eval', tmp_path/'run')
+    said('train', 'ics', '--people', 40, '--cameras', 2, '--variant', 'M3', *QUICK, '--out', tmp_path/'run')
+    assert 'mAP' in said('eval', tmp_path/'run')

@@ -163,14 +163,26 @@ def test_epipoles_show_the_other_camera(pair):
 
 
 def test_opencv_triangulates_alike(rng, pair):
-    "With the origin between the cameras, and their distance as the unit."
-    x = [c.project(rng.normal(0, 1, (100, 3)))[0] for c in pair]
-    mid = (pair[0].center + pair[1].center)/2
-    s = np.linalg.norm(pair[0].center - mid)
-    Ps = [np.c_[c.R, c.R@(mid - c.center)/s] for c in pair]
-    norm = [((p - c.K[:2, 2])/c.K[0, 0]).T for c, p in zip(pair, x)]
-    h = cv2.triangulatePoints(*Ps, *norm)
-    np.testing.assert_allclose(triangulate(pair, x)[0], mid + s*(h[:3]/h[3]).T, 1e-6, 1e-6)
+    X = rng.normal(0, 1, (100, 3))
+    x = [c.project(X)[0] for c in pair]
+    h = cv2.triangulatePoints(*[c.P for c in pair], *[p.T for p in x])
+    np.testing.assert_allclose(triangulate(pair, x)[0], (h[:3]/h[3]).T, 1e-6, 1e-6)
+
+
+def test_triangulation_is_near_least_squares(rng):
+    "A long lens far away beside short ones: two pixels of noise, errors against scipy's minimum."
+    from scipy.optimize import least_squares
+    places = ((6, 0, 3), (0, 6, 3), (-6, 0, 3), (30, 30, 4))
+    cams = [Camera.look_at(p, (0, 0, 1), (1920, 1080), focal=f) for p, f in zip(places, (500, 500, 500, 3000))]
+    X = rng.normal(0, 1, (200, 3)) + [0, 0, 1]
+    x = np.stack([c.project(X)[0] for c in cams]) + rng.normal(0, 2, (4, 200, 2))
+    miss = lambda p, i: np.ravel([c.project(p)[0] - q[i] for c, q in zip(cams, x)])
+    best = np.stack([least_squares(miss, X[i], args=(i,)).x for i in range(200)])
+    got, errors = triangulate(cams, x)
+    error = lambda p: np.linalg.norm(p - X, axis=1).mean()
+    assert error(got) < 1.02*error(best)
+    squares = sum((c.project(best)[0] - q)**2 for c, q in zip(cams, x)).sum()
+    assert squares <= (errors**2).sum() < 1.001*squares
 
 
 @pytest.mark.parametrize('views', (2, 3, 5))
