@@ -9,17 +9,18 @@ __all__ = ['BY_PRESET', 'cut_crops', 'cut_clips', 'frame_weights', 'TemporalAtte
 
 # %% ../nbs/13c_video.ipynb #642cd67d
 from dataclasses import asdict,replace
+from functools import partial
 from pathlib import Path
 import cv2,numpy as np,torch,torch.nn as nn,torch.nn.functional as F
-from fastai.data.core import DataLoaders
 from ._moved import moved_names
 from .core import (DataError,ReidSet,active_preset,check_shapes,data_home,
     default_device,rng_for,seed_all)
 from .data.augment import normalize,to_float
 from .data.sampling import TrackletSampler
 from .data.world import World
-from .learner import (BaselineLoss,ReidDataset,ReidLearner,SampledLoader,
-    fast_dtype,quiet,reid_learner)
+from reidlit.learner import (BaselineLoss,ReidLearner,fast_dtype,quiet,
+    reid_learner)
+from .loaders import ReidDataset,SampledLoader,TrainLoaders
 from .metrics.thresholds import Threshold,pair_distances,pick_threshold
 from .models import ReidModel,ReidOutput,load_backbone
 from .tracklets import tracklet_table
@@ -218,7 +219,17 @@ def _stored(s):
     "Size of crops that are cut with the settings' margin `around`."
     return tuple(round(n*(1+2*s['around'])) for n in s['size'])
 
-class ClipLoaders(DataLoaders):
+def _clips(s, batch):
+    "A batch of pictures as clips, mirrored and loosened."
+    T = s['length']
+    x = to_float(batch[0]).unflatten(0, (-1, T))
+    turn = torch.rand(len(x), 1, 1, 1, 1, device=x.device)<.5
+    x = torch.where(turn, x.flip(4), x)
+    x = loosen(x, s['size'], s['around'], s['place'], s['scale'], s['drift'])
+    x = normalize(x.flatten(0, 1)).unflatten(0, (-1, T))
+    return x,*[y[::T] for y in batch[1:]]
+
+class ClipLoaders(TrainLoaders):
     "A training loader of clips `(p*k,T,3,H,W)`, loosened and mirrored."
     n_inp = 1
     def __init__(self,
@@ -227,19 +238,11 @@ class ClipLoaders(DataLoaders):
         device=None # Where batches go; `None` chooses
     ):
         s,device = settings,default_device(device)
-        ds,T = ReidDataset(train, _stored(s)),s['length']
-        sampler = TrackletSampler(train.pids, train.tids, s['p'], s['k'], T,
+        ds = ReidDataset(train, _stored(s), device=device)
+        sampler = TrackletSampler(train.pids, train.tids, s['p'], s['k'], s['length'],
                                   train.frames, seed=s['seed'])
-        def clips(batch):
-            x = to_float(batch[0]).unflatten(0, (-1, T))
-            turn = torch.rand(len(x), 1, 1, 1, 1, device=x.device)<.5
-            x = torch.where(turn, x.flip(4), x)
-            x = loosen(x, s['size'], s['around'], s['place'], s['scale'], s['drift'])
-            x = normalize(x.flatten(0, 1)).unflatten(0, (-1, T))
-            return x,*[y[::T] for y in batch[1:]]
-        loader = SampledLoader(ds, sampler, after_batch=clips, device=device)
-        # fastai wants a second loader; nothing is validated here
-        super().__init__(loader, loader, device=device)
+        loader = SampledLoader(ds, sampler, partial(_clips, s), device=device)
+        super().__init__(loader, device=device)
         self.size,self.classes = tuple(s['size']),ds.classes
 
 # %% ../nbs/13c_video.ipynb #90f43fd4

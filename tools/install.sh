@@ -11,7 +11,7 @@ P
 "$PYTHON" -m venv .venv || { echo 'no venv: on Debian, apt-get install python3-venv'; exit 1; }
 echo 'installing into .venv (about 6.5 GB with PyTorch; some minutes) ...'
 .venv/bin/pip install -q -c constraints.txt 'setuptools>=70' wheel
-.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,weights]'
+.venv/bin/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,weights,distributed]'
 bash tools/system.sh .venv/bin/python
 .venv/bin/nbdev_install_hooks || echo 'no git checkout: hooks not installed'
 touch .venv/installed

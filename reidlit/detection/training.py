@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 import numpy as np,torch,torch.nn as nn
 from fastai.callback.core import Callback,CancelValidException
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD,Adam
 from fastcore.basics import noop
@@ -24,7 +23,8 @@ from ..data.sets import FrameSet
 from ..data.world import World
 from .detectors import (Detections,Detector,load_detector,
     make_detector,save_detector,to_images)
-from ..learner import EpochSeed,SampledLoader,quiet
+from ..learner import EpochSeed,quiet
+from ..loaders import SampledLoader,TrainLoaders
 from ..metrics.detection import MCSSL_IOUS,detection_ap
 from ..runs import make_settings,shipped
 
@@ -162,7 +162,8 @@ class LossHistory(Callback):
             self.sums[k] = self.sums.get(k, 0) + float(v.detach())
         self.n += 1
     def before_validate(self):
-        self.history.append({k:v/max(self.n, 1) for k,v in self.sums.items()})
+        if not self.n or hasattr(self.learn, 'lr_finder'): return # no epoch
+        self.history.append({k:v/self.n for k,v in self.sums.items()})
         raise CancelValidException
 
 # %% ../../nbs/14a_detection.training.ipynb #b09d9bd8
@@ -187,7 +188,7 @@ def task_learner(
         b = collate(items)
         return *b,b[-1]
     loader = SampledLoader(dataset, sampler, create_batch=batch, device=device)
-    dls = DataLoaders(loader, loader, device=device)
+    dls = TrainLoaders(loader, device=device)
     task = _Task(detector.to(device), loss)
     total = lambda losses,*_: sum(losses.values())
     learn = Learner(dls, task, total, lr=lr, wd=wd,
