@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'evaluate', 'BaselineLoss', 'Retrieval', 'EpochSeed', 'ReidLearner', 'body_and_head', 'fast_dtype',
-           'reid_learner', 'quiet', 'ReidDataset', 'ReidLoaders', 'SampledLoader']
+           'FusedAdam', 'reid_learner', 'quiet', 'ReidDataset', 'ReidLoaders', 'SampledLoader']
 
 # %% ../nbs/12_learner.ipynb #6a8772c0
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner,defaults
-from fastai.optimizer import Adam
+from fastai.optimizer import Adam,Optimizer
 from fastcore.basics import noop,patch
 from fastcore.foundation import L
 from ._moved import moved_names
@@ -28,6 +28,7 @@ from .losses import batch_hard_triplet
 from .metrics.retrieval import reid_scores
 from .models import BNNeck,ReidModel,load_backbone
 from .viz import show_ranked
+from torch.optim.adamw import adamw
 
 _all_ = ['ReidDataset', 'ReidLoaders', 'SampledLoader'] # one import is enough
 
@@ -244,6 +245,54 @@ def fast_dtype(
     fast = any(getattr(torch.cpu, p, bool)() for p in probes)
     return torch.bfloat16 if fast else None
 
+# %% ../nbs/12_learner.ipynb #7befe895
+class FusedAdam(Optimizer):
+    "fastai's `Adam` (decoupled decay), all tensors of a group at once."
+    def __init__(self,
+        params, # Parameters, or lists of them
+        lr:float, # Learning rate
+        mom:float=.9, # Share of the mean gradient that stays
+        sqr_mom:float=.99, # Of the mean squared gradient
+        eps:float=1e-5, # Added to its root
+        wd:float=.01 # Weight decay (decoupled)
+    ):
+        super().__init__(params, [], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        self.steps = {}
+
+    def zero_grad(self):
+        for p,*_ in self.all_params(): p.grad = None
+
+    def load_state_dict(self, sd):
+        super().load_state_dict(sd)
+        self.steps = {}
+
+    def clear_state(self):
+        super().clear_state()
+        self.steps = {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group,h in zip(self.param_lists, self.hypers):
+            with_grad = [p for p in group if p.grad is not None]
+            for decays in (True, False):
+                self._step([p for p in with_grad
+                            if self.state[p].get('do_wd', True)==decays], h, decays)
+
+    def _step(self, params, h, decays):
+        if not params: return
+        state = [self.state[p] for p in params]
+        for p,s in zip(params, state):
+            if 'grad_avg' not in s:
+                s.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=0)
+            if p not in self.steps:
+                self.steps[p] = torch.tensor(float(s['step']), device=p.device)
+            s['step'] += 1
+        adamw(params, [p.grad for p in params], [s['grad_avg'] for s in state],
+              [s['sqr_avg'] for s in state], [], [self.steps[p] for p in params],
+              fused=True, amsgrad=False, maximize=False, beta1=h['mom'],
+              beta2=h['sqr_mom'], lr=h['lr'], eps=h['eps'],
+              weight_decay=h['wd'] if decays else 0.)
+
 # %% ../nbs/12_learner.ipynb #2df2afa4
 def reid_learner(
     dls:ReidLoaders, # Training batches
@@ -256,7 +305,7 @@ def reid_learner(
     every:int=1, # Epochs between scores
     seed:int=0, # Of batches and augmentation
     cbs=(), # More callbacks
-    opt_func=Adam, # Makes fastai's optimiser
+    opt_func=None, # Makes fastai's optimiser; `None`: Adam, fused on a GPU
     weights=None # Of a backbone given by name: see `load_backbone`
 )->ReidLearner: # Ready to fit
     "A learner for re-identification, on the loaders' device."
@@ -268,6 +317,7 @@ def reid_learner(
     name = (getattr(model, 'recipe', None) or {}).get('body', '')
     if not name.startswith('tiny'): model = model.to(memory_format=torch.channels_last)
     cbs = [Retrieval(every), EpochSeed(seed), *cbs]
+    opt_func = opt_func or (FusedAdam if dls.device.type=='cuda' else Adam)
     learn = ReidLearner(dls, model, loss or BaselineLoss(), opt_func=opt_func,
                         lr=lr, wd=wd, splitter=body_and_head, cbs=cbs)
     learn.logger = noop # the bar shows the table; without it there is silence

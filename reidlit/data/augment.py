@@ -61,7 +61,10 @@ def _whole(u, n): return (u*n).long().clamp(max=n-1)
 def _some(x, p, generator, f, *params):
     "`f(x, *params)` for pictures drawn with chance `p`, others as they are."
     if not 0<=p<=1: raise ValueError(f'p={p}: expected 0..1')
-    i = (_draw(x, generator)<p).nonzero()[:, 0]
+    on = _draw(x, generator)<p
+    if x.is_cuda: # to know how many are on, the host would have to wait
+        return torch.where(on[:, None, None, None], f(x, *params), x)
+    i = on.nonzero()[:, 0]
     if len(i) in (0, len(x)): return f(x, *params) if len(i) else x
     return x.index_copy(0, i, f(x[i], *[q[i] for q in params]))
 

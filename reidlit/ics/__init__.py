@@ -172,13 +172,14 @@ def _of_all(x):
 class UpdateMemory(Callback):
     "Eq. 1 after each backward pass, with the features of the step."
     def __init__(self,
-        memory:CameraMemory # What to update
-    ): self.memory = memory
+        memory:CameraMemory, # What to update
+        most:int|None=None # Pictures of an identity in a batch; `None`: counted
+    ): self.memory,self.most = memory,most
 
     def before_step(self):
         "Mix the batch into the memory."
         unit,labels = _of_all(self.pred.unit.detach()),_of_all(self.yb[0])
-        self.memory.update(unit, labels)
+        self.memory.update(unit, labels, self.most)
 
 # %% ../../nbs/32_ics.ipynb #2cc29af4
 def step_decay(
@@ -235,7 +236,7 @@ def ics_learner(
         model.neck.load_state_dict(start.neck.state_dict())
     learn = reid_learner(dls, model, query, gallery, IcsLoss(model, cameras, v, s),
         lr=s['lr'], wd=s['wd'], seed=s['seed'],
-        cbs=[] if model.memory is None else [UpdateMemory(model.memory)])
+        cbs=[] if model.memory is None else [UpdateMemory(model.memory, s['k'])])
     learn.ids,learn.variant = ids,variant
     if model.memory is not None and s['start']=='features':
         data = dls.train.dataset

@@ -56,18 +56,25 @@ def _rows(memory, f):
 @torch.no_grad()
 def update(self:CameraMemory,
     f:torch.Tensor, # Features `(B,d)`, unit length
-    labels:torch.Tensor # Their accumulated identities `(B,)`
+    labels:torch.Tensor, # Their accumulated identities `(B,)`
+    most:int|None=None # Pictures of one identity at most; `None`: counted
 )->None: # Nothing; rows and `seen` change in place
     "Moves rows (Eq. 1), after `backward`; `ValueError` for NaN, bad labels."
     check_ids(labels, self.cameras)
     f,labels,k,m = _rows(self, f),labels.long(),self.centroids,self.momentum
     if self.in_order:
         order = labels.argsort(stable=True) # an identity's pictures in a run
-        y,place = labels[order],torch.arange(len(labels), device=labels.device)
-        turn = place-torch.searchsorted(y, y) # first, second ... of its run
-        for t in range(int(turn.max())+1 if len(y) else 0):
-            i = order[turn==t]; j = labels[i]
-            k[j] = F.normalize(m*k[j]+(1-m)*f[i])
+        f,y = f[order],labels[order]
+        first,end = torch.searchsorted(y, y),torch.searchsorted(y, y, right=True)
+        if most is None: most = int((end-first).max()) if len(y) else 0
+        for t in range(most): # a number known before lets a GPU run ahead
+            on,i = first+t<end,torch.minimum(first+t, end-1)
+            if k.is_cuda: # a row that is there twice gets the same value twice
+                new = F.normalize(m*k[y]+(1-m)*f[i])
+                k[y] = torch.where(on[:, None], new, k[y])
+            else:
+                once = on & (first==torch.arange(len(y)))
+                k[y[once]] = F.normalize(m*k[y[once]]+(1-m)*f[i[once]])
     else:
         j,i,n = labels.unique(return_inverse=True, return_counts=True)
         mean = k.new_zeros(len(j), k.shape[1]).index_add_(0, i, f)/n[:, None]

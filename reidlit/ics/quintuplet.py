@@ -18,7 +18,7 @@ def _in_batch(g, labels, cameras, margin):
     same,n = cameras[:, None]==cameras,len(labels)
     check_shapes(pooled=(g, f'{n} D'), cameras=(cameras, f'{n}'))
     two = (labels[:, None]==labels) & ~same
-    if two.any():
+    if not two.is_cuda and two.any():
         i,j = two.nonzero()[0].tolist()
         raise ValueError(f'label {int(labels[i])} in cameras {int(cameras[i])} '
             f'and {int(cameras[j])}: expected accumulated labels')
