@@ -37,7 +37,8 @@ def default_device(
     name:str|torch.device|None=None # `'cpu'`, `'cuda'`, `'cuda:1'`; `None` chooses
 )->torch.device: # A device that exists on this machine
     "The asked-for device, or the best one here; raises `ValueError` if absent."
-    if name is None: name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name is None: name = 'cpu' if not torch.cuda.is_available() else \
+        f"cuda:{os.environ['LOCAL_RANK']}" if 'LOCAL_RANK' in os.environ else 'cuda'
     try: device = torch.device(name)
     except RuntimeError:
         expected = "expected 'cpu', 'cuda', 'cuda:1' ..."

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'evaluate', 'BaselineLoss', 'Retrieval', 'EpochSeed', 'ReidLearner', 'body_and_head', 'fast_dtype',
-           'FusedAdam', 'reid_learner', 'quiet', 'ReidDataset', 'ReidLoaders', 'SampledLoader']
+           'FusedAdam', 'reid_learner', 'quiet', 'WholeBatch', 'ReidDataset', 'ReidLoaders', 'SampledLoader']
 
 # %% ../nbs/12_learner.ipynb #6a8772c0
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 import fastai.callback.hook,fastai.callback.schedule # noqa: F401 (add to Learner)
-import matplotlib.pyplot as plt,numpy as np,torch,torch.nn.functional as F
+import matplotlib.pyplot as plt,numpy as np,torch,torch.distributed as dist
+import torch.nn.functional as F
 from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner,defaults
 from fastai.optimizer import Adam,Optimizer
+from fastai.torch_core import get_model,rank_distrib
 from fastcore.basics import noop,patch
 from fastcore.foundation import L
 from ._moved import moved_names
@@ -159,7 +161,8 @@ class EpochSeed(Callback):
     ): self.seed = seed
 
     def before_epoch(self):
-        seed_all(int(rng_for(self.seed, 'epoch', self.epoch).integers(2**31)))
+        key = 'epoch',self.epoch,*[rank for rank in [rank_distrib()] if rank]
+        seed_all(int(rng_for(self.seed, *key).integers(2**31)))
         sampler = getattr(self.dls.train, 'sampler', None)
         if sampler is not None: sampler.set_epoch(self.epoch)
 
@@ -167,7 +170,7 @@ class ReidLearner(Learner):
     "fastai's `Learner`, for models that describe people."
     def features(self, what, flip=True):
         "Features `(N,D)` of a set, a folder, a picture, an array: `as_items`."
-        return extract_features(self.model, as_items(what), self.dls.size, flip)
+        return extract_features(get_model(self.model), as_items(what), self.dls.size, flip)
 
     def predict(self, item, rm_type_tfms=None, with_input=False):
         "The same; the names are fastai's."
@@ -176,7 +179,8 @@ class ReidLearner(Learner):
     def evaluate(self, query=None, gallery=None, flip=True, **kwargs):
         "Retrieval scores on any query and gallery; `None`: the loaders' own."
         query,gallery = self._search(query, gallery)
-        return evaluate(self.model, query, gallery, self.dls.size, flip, **kwargs)
+        model,size = get_model(self.model),self.dls.size
+        return evaluate(model, query, gallery, size, flip, **kwargs)
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
         "mAP and rank-1 on the loaders' query and gallery, as each epoch scores."
@@ -331,6 +335,53 @@ def quiet():
     defaults.callbacks = [c for c in was if c is not ProgressCallback]
     try: yield
     finally: defaults.callbacks = was
+
+# %% ../nbs/12_learner.ipynb #9af23a40
+class _Joined(torch.autograd.Function):
+    "The rows of all processes, by rank; gradients return to theirs."
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(g)
+        return g.chunk(dist.get_world_size())[dist.get_rank()]
+
+class WholeBatch(Callback):
+    "Outputs and labels of all processes before the loss."
+    order = 20 # after fastai's mixed precision
+
+    def after_pred(self):
+        if not (self.training and dist.is_initialized()): return
+        join = lambda x: None if x is None else _Joined.apply(x)
+        p = self.learn.pred
+        self.learn.pred = join(p) if torch.is_tensor(p) else type(p)(*map(join, p))
+        self.learn.yb = tuple(_Joined.apply(y) for y in self.learn.yb)
+
+@patch
+def to_distributed(self:ReidLearner,
+    sync_bn:bool=True, # Statistics of all processes' pictures? On GPUs only
+    **kwargs # For accelerate's `Accelerator`
+)->ReidLearner: # The same
+    "Train in all processes of `accelerate launch`; `distrib_ctx` calls it."
+    from fastai.distributed import DistributedTrainer
+    class Trainer(DistributedTrainer): # our loaders take their part themselves
+        name = 'distributed_trainer'
+        def _wrap_dl(self, dl): return dl
+    cuda = self.dls.device.type=='cuda'
+    self.add_cbs([Trainer(sync_bn and cuda, cpu=not cuda, **kwargs), WholeBatch()])
+    if rank_distrib(): self.remove_cb(ProgressCallback)
+    return self
+
+@patch
+def detach_distributed(self:ReidLearner)->ReidLearner: # The same
+    "Train alone again."
+    from fastai.distributed import DistributedTrainer
+    return self.remove_cbs([DistributedTrainer, WholeBatch])
 
 # %% ../nbs/12_learner.ipynb #85120df2
 @patch

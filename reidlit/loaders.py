@@ -9,7 +9,7 @@ __all__ = ['free_room', 'ReidDataset', 'SampledLoader', 'TrainLoaders', 'as_item
 import copy
 from functools import partial
 from pathlib import Path
-import numpy as np,torch
+import numpy as np,torch,torch.distributed as dist
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
@@ -96,14 +96,20 @@ class SampledLoader(DataLoader):
         cuda = device is not None and torch.device(device).type=='cuda'
         super().__init__(dataset, bs=bs, num_workers=0 if waits else num_workers,
                          pin_memory=cuda and not waits, **kwargs)
-        self.sampler,self.change,self.where = sampler,change,device
+        self.sampler,self.change,self.where,self.whole = sampler,change,device,bs
 
     def to(self, device): self.where = device
     def __len__(self):
         return super().__len__() if self.sampler is None else len(self.sampler)
     def get_idxs(self):
         if self.sampler is None: return list(range(self.n))
-        return np.concatenate([np.ravel(b) for b in self.sampler])
+        n,rank = dist.get_world_size() if dist.is_initialized() else 1,0
+        if n>1: rank = dist.get_rank()
+        self.bs,left = divmod(self.whole, n)
+        if left: raise ValueError(f'batches of {self.whole} for {n} processes: '
+                                  'expected a multiple')
+        rows = np.stack([np.ravel(b) for b in self.sampler]).reshape(-1, n, self.bs)
+        return rows[:, rank].ravel()
     def after_batch(self, b):
         if self.where is not None: b = to_device(b, self.where, non_blocking=True)
         return self.change(b) if self.change else b

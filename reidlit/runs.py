@@ -8,10 +8,12 @@ __all__ = ['WEIGHTS', 'make_settings', 'save_checkpoint', 'read_checkpoint', 'lo
 
 # %% ../nbs/12a_runs.ipynb #248174e5
 import importlib,json
+from contextlib import nullcontext
 from pathlib import Path
 import torch,torch.nn as nn
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai.torch_core import get_model,num_distrib,rank_distrib
 from safetensors import safe_open
 from safetensors.torch import load_file,save
 from . import core
@@ -57,15 +59,15 @@ def save_checkpoint(
     settings:dict # What was asked for, kept in the JSON
 )->Path: # The JSON file
     "The checkpoint's path, after both files were written."
-    folder = Path(folder)
+    folder,model = Path(folder),get_model(learn.model)
     tensors,rest = _opt_tensors(learn.opt) if learn.opt else ({}, [])
-    tensors |= {f'model.{k}':v for k,v in learn.model.state_dict().items()}
+    tensors |= {f'model.{k}':v for k,v in model.state_dict().items()}
     name = f'epoch-{epoch:04}.safetensors'
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     write_atomic(folder/name, save(tensors))
     state = dict(tensors=name, epoch=epoch, history=_keeper(learn).history,
                  settings=settings, optimiser=rest,
-                 recipe=getattr(learn.model, 'recipe', None))
+                 recipe=getattr(model, 'recipe', None))
     path = write_atomic(folder/'checkpoint.json',
                         json.dumps(state, indent=1).encode())
     for old in folder.glob('epoch-*.safetensors'):
@@ -90,17 +92,21 @@ def read_checkpoint(
 def load_checkpoint(
     folder, # Written by `save_checkpoint`
     learn:ReidLearner, # Same model, same settings
-    settings:dict|None=None # Must equal the stored ones, if given
+    settings:dict|None=None, # Must equal the stored ones, if given
+    grow:bool=False # May `epochs` be more than the stored ones?
 )->int: # Epochs done
     "The number of epochs done, after weights, optimiser and history are back."
     state,tensors = read_checkpoint(folder)
     settings = json.loads(json.dumps(settings)) # as stored: tuples are lists
     if settings is not None and settings!=state['settings']:
-        differ = [k for k in {*settings, *state['settings']}
-                  if settings.get(k)!=state['settings'].get(k)]
-        raise DataError(Path(folder)/'checkpoint.json',
-            f'was trained with other settings: {sorted(differ)}',
-            'the same settings, or another output folder')
+        was = state['settings']
+        differ = sorted(k for k in {*settings, *was} if settings.get(k)!=was.get(k))
+        longer = differ==['epochs'] and settings['epochs']>was['epochs']
+        plan = '' if 'epochs' not in differ or grow else \
+            ' (its learning rate is planned over all epochs)'
+        if not (longer and grow): raise DataError(Path(folder)/'checkpoint.json',
+            f'was trained with other settings: {differ}',
+            f'the same settings{plan}, or another output folder')
     learn.model.load_state_dict({k[6:]:v for k,v in tensors.items()
                                  if k.startswith('model.')})
     learn.create_opt()
@@ -122,8 +128,8 @@ class Checkpoints(Callback):
         settings:dict # Kept in the JSON
     ): self.folder,self.settings = Path(folder),settings
 
-    def after_validate(self):
-        save_checkpoint(self.folder, self.learn, self.epoch+1, self.settings)
+    def after_validate(self): # of several processes, one writes
+        if not rank_distrib(): save_checkpoint(self.folder, self.learn, self.epoch+1, self.settings)
 
 class StopAfter(Callback):
     "Raises `KeyboardInterrupt` after some epochs, as Ctrl-C would."
@@ -147,6 +153,16 @@ def check_folder(
     return own in begun
 
 # %% ../nbs/12a_runs.ipynb #99f916b1
+def _together(learn):
+    "A context in which all processes of a launch train the learner."
+    if not num_distrib(): return nullcontext()
+    if not isinstance(learn, ReidLearner):
+        raise ValueError(f'{type(learn.model).__name__}: trained by one process only')
+    try: import fastai.distributed # noqa: F401 (adds distrib_ctx)
+    except NameError: raise ImportError('several processes need accelerate: pip install '
+                                        "'reidlit[distributed]'") from None
+    return learn.distrib_ctx()
+
 def fit(
     learn:ReidLearner, # Not yet fitted
     epochs:int, # In all
@@ -155,17 +171,19 @@ def fit(
     resume:bool=False, # Go on from the folder's checkpoint, if there is one?
     stop_after:int|None=None, # Interrupt after so many epochs, to try it out
     sched:dict|None=None, # For fastai's `ParamScheduler`; `None`: one cycle
-    pct_start:float=.15 # Share of the one cycle in which the rate rises
+    pct_start:float=.15, # Share of the one cycle in which the rate rises
+    grow:bool=False # May a run go on for more epochs? Yes, if `sched` counts epochs
 )->ReidLearner: # The same learner, fitted
     "The learner after all epochs; `DataError` if the folder holds a run."
     begun = check_folder(folder, resume)
-    done = load_checkpoint(folder, learn, settings) if begun else 0
+    done = load_checkpoint(folder, learn, settings, grow) if begun else 0
     cbs = [] if folder is None else [Checkpoints(folder, settings)]
     if stop_after is not None: cbs.append(StopAfter(stop_after))
     if done >= epochs: return learn
-    if sched is None:
-        learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done, pct_start=pct_start)
-    else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
+    with _together(learn):
+        if sched is None: learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done,
+                                              pct_start=pct_start)
+        else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
     return learn
 
 # %% ../nbs/12a_runs.ipynb #fa60dbd6

@@ -12,7 +12,8 @@ from fastai.learner import load_learner
 from PIL import Image
 
 from reidlit import crossdataset, ics, video
-from reidlit.core import seed_all
+from reidlit.baseline import baseline_settings, fit_baseline
+from reidlit.core import DataError, ReidSet, seed_all
 from reidlit.data.world import World
 from reidlit.detection.detectors import faster_rcnn
 from reidlit.detection.training import detect, detector_learner, world_frames
@@ -81,7 +82,10 @@ def test_export_embedding(data, tmp_path):
 
 def test_export_video(tmp_path):
     s = video.video_settings('ci', p=2, k=2)
-    train = video._world_clips([World(12, 2, 1)], s, 2, 8)
+    n = 2*2*2*s['length']
+    images = np.random.default_rng(1).integers(0, 255, (n, *video._stored(s), 3), np.uint8)
+    rows = np.arange(n)//s['length']
+    train = ReidSet(images, rows//4, rows % 2, rows, np.arange(n))
     with quiet(): learn = video.video_learner(train, s, 'cpu')
     clips = np.random.default_rng(0).integers(0, 255, (3, 2, *s['size'], 3), np.uint8)
     export(learn, lambda l: video.clip_features(l.model, clips), tmp_path)
@@ -222,3 +226,21 @@ def test_first_lines_from_a_folder_and_spawned_workers(data, tmp_path):
 def test_distributed_can_be_imported():
     import fastai.distributed
     assert hasattr(fastai.learner.Learner, 'distrib_ctx')
+
+
+def test_more_epochs_on_resume(data, tmp_path):
+    "Steps that count epochs may be prolonged, a cycle over all epochs may not."
+    def run(epochs, folder, resume=False):
+        s = settings(ics, epochs=(epochs, 1), milestones=((1,), (1,)))
+        with quiet(): learn = ics.ics_learner(data[0], 'M5', s, device='cpu')
+        return ics.fit_stage(learn, s, folder, resume)
+    run(2, tmp_path/'a')
+    a, b = run(4, tmp_path/'a', resume=True), run(4, tmp_path/'b')
+    assert a.retrieval.history == b.retrieval.history and len(a.retrieval.history) == 4
+    x, y = (learn.model.state_dict() for learn in (a, b))
+    assert all(torch.equal(x[k], y[k]) for k in y)
+    with pytest.raises(DataError, match='other settings'): run(3, tmp_path/'a', resume=True)
+    s = baseline_settings('drawn', 'ci', p=4)
+    fit_baseline(data[0], s, folder=tmp_path/'c', device='cpu')
+    with pytest.raises(DataError, match='planned over all epochs'):
+        fit_baseline(data[0], s | dict(epochs=9), folder=tmp_path/'c', resume=True, device='cpu')

@@ -438,30 +438,6 @@ def test_misused_folders_are_refused(train, whole, tmp_path):
     with pytest.raises(DataError, match='not JSON'): fit(train, 'M5', PLAN, folder=tmp_path, resume=True)
 
 
-def _half(rank, folder):
-    "One of two processes: its half of a batch goes into its memory."
-    import torch.distributed as dist
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    f, labels = torch.load(folder / 'batch.pt')
-    memory = CameraMemory([0, 0, 1], dim=4)
-    update = UpdateMemory(memory)
-    half = slice(3*rank, 3*rank+3)
-    update.learn = SimpleNamespace(pred=SimpleNamespace(unit=f[half]), yb=[labels[half]])
-    update.before_step()
-    torch.save(memory.centroids, folder / f'{rank}.pt')
-    dist.destroy_process_group()
-
-
-def test_two_processes_keep_one_memory(tmp_path):
-    torch.manual_seed(0)
-    f, labels = F.normalize(torch.randn(6, 4)), torch.tensor([0, 1, 0, 2, 0, 1])
-    torch.save((f, labels), tmp_path / 'batch.pt')
-    torch.multiprocessing.spawn(_half, (tmp_path,), nprocs=2)
-    alone = CameraMemory([0, 0, 1], dim=4)
-    alone.update(f, labels)
-    for rank in (0, 1): assert torch.equal(torch.load(tmp_path / f'{rank}.pt'), alone.centroids)
-
-
 def test_a_trained_run_is_loaded_for_searching(train, tmp_path):
     f = fit(train, 'M7', folder=tmp_path)
     for folder, learn in (('stage1', f.first), ('stage2', f.learn)):

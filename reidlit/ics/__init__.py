@@ -12,7 +12,7 @@ __all__ = ['VARIANTS', 'BY_PRESET', 'PUBLISHED', 'ics_settings', 'UnitEmbedding'
 from dataclasses import dataclass,replace
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np,torch,torch.distributed as dist,torch.nn as nn
+import numpy as np,torch,torch.nn as nn
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from .association import Association,associate
@@ -162,13 +162,6 @@ class IcsLoss:
                                     m2=s['m2'], reduction=s['reduction'], **also)
 
 # %% ../../nbs/32_ics.ipynb #407a9807
-def _of_all(x):
-    "The rows of all processes, by rank; `x` itself where there is one."
-    if not (dist.is_available() and dist.is_initialized()): return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
 class UpdateMemory(Callback):
     "Eq. 1 after each backward pass, with the features of the step."
     def __init__(self,
@@ -177,9 +170,8 @@ class UpdateMemory(Callback):
     ): self.memory,self.most = memory,most
 
     def before_step(self):
-        "Mix the batch into the memory."
-        unit,labels = _of_all(self.pred.unit.detach()),_of_all(self.yb[0])
-        self.memory.update(unit, labels, self.most)
+        "Mix the batch, of all processes together, into the memory."
+        self.memory.update(self.pred.unit.detach(), self.yb[0], self.most)
 
 # %% ../../nbs/32_ics.ipynb #2cc29af4
 def step_decay(
@@ -272,7 +264,7 @@ def fit_stage(
     late = 'S', 'rule', 'centroids', 'keep_singletons', 'label_smoothing'
     about = {k:v for k,v in s.items() if stage or k not in late} | dict(
         epochs=epochs, milestones=s['milestones'][stage], variant=learn.variant)
-    return fit(learn, epochs, folder, about, resume, stop_after, sched)
+    return fit(learn, epochs, folder, about, resume, stop_after, sched, grow=True)
 
 # %% ../../nbs/32_ics.ipynb #ef971fd5
 def identity_centroids(
