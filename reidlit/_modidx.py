@@ -1028,6 +1028,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'reidlit.learner.Retrieval.trained': ('learner.html#retrieval.trained', 'reidlit/learner.py'),
                                  'reidlit.learner.WholeBatch': ('learner.html#wholebatch', 'reidlit/learner.py'),
                                  'reidlit.learner.WholeBatch.after_pred': ('learner.html#wholebatch.after_pred', 'reidlit/learner.py'),
+                                 'reidlit.learner.WholeBatch.after_train': ('learner.html#wholebatch.after_train', 'reidlit/learner.py'),
                                  'reidlit.learner._Joined': ('learner.html#_joined', 'reidlit/learner.py'),
                                  'reidlit.learner._Joined.backward': ('learner.html#_joined.backward', 'reidlit/learner.py'),
                                  'reidlit.learner._Joined.forward': ('learner.html#_joined.forward', 'reidlit/learner.py'),

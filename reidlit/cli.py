@@ -14,6 +14,8 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 
 # %% ../nbs/80_cli.ipynb #c7d0bf4a
 import csv,io,json,logging,os
+from contextlib import redirect_stdout
+from fastai.torch_core import rank_distrib
 from fastcore.docments import docments
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -465,7 +467,10 @@ def main(
 )->int: # The exit status: 0, 2 after an error, 130 after Ctrl-C
     "The exit status, after running the command."
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    try: return app(words, standalone_mode=False) or 0
+    try:
+        if not rank_distrib(): return app(words, standalone_mode=False) or 0
+        with redirect_stdout(io.StringIO()): # of many processes, the first speaks
+            return app(words, standalone_mode=False) or 0
     except (ValueError, OSError) as e:
         if os.environ.get('REIDLIT_DEBUG'): raise
         typer.echo(f'reidlit: {e}', err=True)

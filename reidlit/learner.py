@@ -362,6 +362,10 @@ class WholeBatch(Callback):
         self.learn.pred = join(p) if torch.is_tensor(p) else type(p)(*map(join, p))
         self.learn.yb = tuple(_Joined.apply(y) for y in self.learn.yb)
 
+    def after_train(self): # running statistics are the first process's
+        if dist.is_initialized():
+            for b in self.model.buffers(): dist.broadcast(b, 0)
+
 @patch
 def to_distributed(self:ReidLearner,
     sync_bn:bool=True, # Statistics of all processes' pictures? On GPUs only

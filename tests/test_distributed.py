@@ -7,13 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from reidlit.core import ReidSet, seed_all
 from reidlit.data.augment import Augment
 from reidlit.data.sampling import PKSampler
-from reidlit.ics import CameraMemory, IcsLoss, IcsOutput, UpdateMemory, VARIANTS, ics_settings
+from reidlit.ics import (VARIANTS, CameraMemory, IcsLoss, IcsOutput, UpdateMemory, associate, ics_learner, ics_settings,
+                         identity_centroids)
 from reidlit.learner import ReidLoaders, SampledLoader, quiet, reid_learner
 from reidlit.runs import fit
 
@@ -47,6 +49,12 @@ def train(folder):
     loss = IcsLoss(model, CAMERAS, VARIANTS['M5'], SETTINGS)
     with quiet(): learn = reid_learner(dls, model, loss=loss, lr=1e-2, cbs=[UpdateMemory(model.memory, 2)])
     fit(learn, 3, folder, dict(epochs=3))
+    if folder is not None:  # half batches have other statistics; yet both processes associate alike
+        with quiet(): m5 = ics_learner(items, 'M5', SETTINGS, device='cpu')
+        fit(m5, 1)
+        ids = identity_centroids(m5.model, items, m5.ids, SETTINGS | dict(centroids='features'))
+        torch.save((ids, associate(ids, m5.ids.cameras).labels), folder.parent/f'ids{dist.get_rank()}.pt')
+        dist.barrier()
     return dict(learn.model.state_dict(), history=torch.tensor([h['train_loss'] for h in learn.retrieval.history]))
 
 
@@ -69,11 +77,12 @@ def test_two_processes_learn_what_one_does(tmp_path):
         assert torch.equal(a[k], b[k]), k
         assert torch.allclose(a[k].float(), v.float(), atol=1e-5), k
     assert alone['memory.seen'].all()
+    a, b = (torch.load(tmp_path/f'ids{rank}.pt', weights_only=False) for rank in (0, 1))
+    assert torch.equal(a[0], b[0]) and np.array_equal(a[1], b[1])
     assert json.loads((tmp_path/'run'/'checkpoint.json').read_text())['epoch'] == 3
 
 
 def test_shares_of_a_batch(monkeypatch):
-    dist = torch.distributed
     dataset, rows = list(range(48)), []
     whole = list(PKSampler(pictures().pids, 4, 2))
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
