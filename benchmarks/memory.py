@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--threads 1] [--rounds 40] [--batch 64] [--dim 2048] [--ids 3262] [--device cpu]
 
 A step is: loss, its gradient back to the features, update of the rows. Its floor are two products, f @ K.T and the
-gradient's g @ K. The peer is a loop over cameras, which multiplies a camera's pictures with its own rows alone (a sixth
-of the products with 6 cameras, so it is quicker on a CPU), and an update picture by picture. All run in one process, in shuffled turn; the best round of each counts, so that other work on
+gradient's g @ K. The peer is a loop over cameras, which multiplies a
+camera's pictures with its own rows alone, as the step itself does on a CPU, and an update picture by picture. All run in one process, in shuffled turn; the best round of each counts, so that other work on
 the machine disturbs all alike. Demanded: step / floor below 1.3, and 15 cameras no slower than 6.
 """
 import argparse
@@ -51,7 +51,7 @@ def steps(f, g, labels, cams, memory):
 
     def both():
         f.grad = g.grad = None
-        sim = memory.similarities(f)
+        sim = memory.similarities(f, labels)
         loss = memory.loss(f, labels, cams, sim)
         (loss+quintuplet_loss(g, labels, cams, f, memory, sim=sim)).backward()
         memory.update(f, labels)

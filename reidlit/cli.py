@@ -216,7 +216,7 @@ def train_command(
     data:str='world', # world, folder, or the name of a set: reidlit doctor lists them
     root:Path|None=None, # Folder of a real set
     source:list[str]|None=None, # NAME=FOLDER, a labelled set to start from; repeat it
-    preset:str|None=None, # ci, laptop or paper
+    preset:str|None=None, # ci, laptop, gpu (of real sets) or paper
     out:Path|None=None, # Folder of the run
     resume:bool=False, # Go on from OUT
     epochs:int|None=None, # How many, of each stage

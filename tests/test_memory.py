@@ -47,6 +47,20 @@ def loop_update(rows, f, y, mu, in_order):
     for x, j in pairs: rows[j] = F.normalize(mu*rows[j]+(1-mu)*x, dim=0)
 
 
+@pytest.mark.parametrize('seed', range(6))
+def test_blocks_of_own_cameras_change_nothing(seed):
+    "Identities in the order of their cameras, as `accumulate_ids` gives them, are multiplied camera by camera."
+    mixed, f, y = case(seed)
+    order = mixed.cameras.argsort(stable=True)
+    memory = CameraMemory(mixed.cameras[order], f.shape[1])
+    memory.start(F.normalize(torch.randn(len(order), f.shape[1])), torch.arange(len(order)))
+    a, b = f.clone().requires_grad_(), f.clone().requires_grad_()
+    ours, whole = memory.loss(a, y), memory.loss(b, y, sim=memory.similarities(b))
+    ours.backward(), whole.backward()
+    assert torch.allclose(ours, whole, atol=1e-6) and torch.allclose(a.grad, b.grad, atol=1e-6)
+    assert memory.similarities(f, y).isinf().sum() == sum((memory.cameras != memory.cameras[j]).sum() for j in y)
+
+
 @pytest.mark.parametrize('across', [False, True])
 @pytest.mark.parametrize('seed', range(8))
 def test_loss_and_gradient_are_those_of_loops(seed, across):

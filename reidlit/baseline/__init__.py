@@ -24,11 +24,12 @@ BASELINE = { # (kind of pictures, preset) to settings
     ('drawn', 'paper'): dict(_LARGE, epochs=60, weights=None),
     ('real', 'ci'): dict(_TINY, epochs=2),
     ('real', 'laptop'): dict(_MOBILE, epochs=20),
+    ('real', 'gpu'): dict(_MOBILE, size=(256, 128), epochs=40),
     ('real', 'paper'): dict(_LARGE, epochs=120)}
 
 def baseline_settings(
     kind:str, # `'drawn'` or `'real'` pictures
-    preset:str|None=None, # `'ci'`, `'laptop'`, `'paper'`; `None`: active one
+    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; `None`: active one
     **changes # Instead of the preset's values
 )->dict: # For `baseline_learner`
     "The settings of a preset; `ValueError` for an unknown name."

@@ -61,10 +61,12 @@ _LONG = dict(epochs=(50, 120), milestones=((40, 70), (40, 70)))
 _SHORT = dict(epochs=(2, 2), milestones=((1,), (1,)))
 _MIDDLE = dict(epochs=(30, 20), milestones=((24,), (7, 12)))
 _PRETRAINED = dict(epochs=(10, 10), milestones=((8,), (3, 6)))
+_GPU = dict(epochs=(16, 32), milestones=((13,), (10, 20)))
 BY_PRESET = { # (kind of pictures, preset) to what a preset may change
     ('drawn', 'ci'): _TINY | _SHORT, ('drawn', 'laptop'): _TINY | _MIDDLE,
     ('drawn', 'paper'): _LARGE | _LONG | dict(weights=None),
     ('real', 'ci'): _TINY | _SHORT, ('real', 'laptop'): _MOBILE | _PRETRAINED,
+    ('real', 'gpu'): _MOBILE | dict(size=(256, 128)) | _GPU,
     ('real', 'paper'): _LARGE | _LONG}
 PUBLISHED = dict(p=16, k=4, momentum=.5, temperature=1/15, m1=.3, m2=.3, dim=None,
     dropout=0., in_order=True, start='zero', reduction='camera', label_smoothing=.1,
@@ -74,7 +76,7 @@ PUBLISHED = dict(p=16, k=4, momentum=.5, temperature=1/15, m1=.3, m2=.3, dim=Non
 # %% ../../nbs/32_ics.ipynb #45c33bea
 def ics_settings(
     kind:str='real', # `'real'` or `'drawn'` pictures
-    preset:str|None=None, # `'ci'`, `'laptop'`, `'paper'`; `None` is the active one
+    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; `None`: the active one
     **changes # Instead of the preset's or the paper's values
 )->dict: # For `ics_learner` and `fit_ics`
     "The settings of a preset, changed where asked; `ValueError` if unknown."
@@ -152,7 +154,7 @@ class IcsLoss:
     def __call__(self, pred, y, *_):
         v,s,memory,sim = self.variant,self.settings,self.model.memory,None
         self.cameras = self.cameras.to(y.device)
-        if memory is not None: sim = memory.similarities(pred.unit)
+        if memory is not None: sim = memory.similarities(pred.unit, y)
         loss = self.identity(pred, y, sim)
         if v['mining'] is None: return loss
         if v['across']: return loss+batch_hard_triplet(pred.pooled, y, s['m1'])

@@ -84,11 +84,19 @@ def update(self:CameraMemory,
 # %% ../../nbs/30_ics.memory.ipynb #0351d6c9
 @patch
 def similarities(self:CameraMemory,
-    f:torch.Tensor # Features `(B,d)`, unit length
-)->torch.Tensor: # `(B,n)`; its gradient goes to `f` only
+    f:torch.Tensor, # Features `(B,d)`, unit length
+    labels:torch.Tensor|None=None # Their identities `(B,)`: only own cameras matter
+)->torch.Tensor: # `(B,n)`, maybe -inf for other cameras; its gradient goes to `f` only
     "Products with all rows, float32 also under autocast; `ValueError` for NaN."
     with torch.autocast(f.device.type, enabled=False):
-        return _rows(self, f)@self.centroids.T
+        f,k,c = _rows(self, f),self.centroids,self.cameras
+        if labels is None or self.across or f.is_cuda or (c.diff()<0).any():
+            return f@k.T
+        own,out = c[labels],f.new_full((len(f), len(k)), -torch.inf)
+        for a in own.unique(): # on a CPU less work is quicker than one product
+            i,(x,y) = own==a,torch.searchsorted(c, torch.stack([a, a+1])).tolist()
+            out[i, x:y] = f[i]@k[x:y].T
+        return out
 
 # %% ../../nbs/30_ics.memory.ipynb #f36e5604
 @patch
@@ -113,7 +121,9 @@ def loss(self:CameraMemory,
     sim:torch.Tensor|None=None # `similarities(f)`, if known already `(B,n)`
 )->torch.Tensor: # Scalar, float32 also under autocast
     "Eq. 3; with `across` a plain mean; `ValueError` names a label at fault."
-    sim = self.similarities(f) if sim is None else sim
+    if sim is None:
+        check_ids(labels, self.cameras, camids)
+        sim = self.similarities(f, labels)
     check_shapes(sim=(sim, f'{len(f)} {len(self.cameras)}'))
     logits = sim/self.temperature
     if not self.across:
