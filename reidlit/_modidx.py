@@ -1034,6 +1034,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'reidlit.learner._Joined.forward': ('learner.html#_joined.forward', 'reidlit/learner.py'),
                                  'reidlit.learner._Mixed': ('learner.html#_mixed', 'reidlit/learner.py'),
                                  'reidlit.learner._Mixed.after_pred': ('learner.html#_mixed.after_pred', 'reidlit/learner.py'),
+                                 'reidlit.learner._SmoothLoss': ('learner.html#_smoothloss', 'reidlit/learner.py'),
+                                 'reidlit.learner._SmoothLoss.accumulate': ('learner.html#_smoothloss.accumulate', 'reidlit/learner.py'),
                                  'reidlit.learner._ahead': ('learner.html#_ahead', 'reidlit/learner.py'),
                                  'reidlit.learner.body_and_head': ('learner.html#body_and_head', 'reidlit/learner.py'),
                                  'reidlit.learner.evaluate': ('learner.html#evaluate', 'reidlit/learner.py'),

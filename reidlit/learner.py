@@ -17,7 +17,7 @@ from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner,defaults
+from fastai.learner import AvgSmoothLoss,Learner,defaults
 from fastai.optimizer import Adam,Optimizer
 from fastai.torch_core import get_model,rank_distrib
 from fastcore.basics import noop,patch
@@ -104,6 +104,14 @@ class BaselineLoss:
         return ce+batch_hard_triplet(pred.pooled.float(), y, self.margin)
 
 # %% ../nbs/12_learner.ipynb #5586dc82
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's, but it stays on the device: no step waits for it."
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = loss.lerp(self.val.to(loss), self.beta) if self.count>1 else \
+            loss*(1-self.beta)
+
 class Retrieval(Callback):
     "Scores after each epoch, and the history `[{train_loss, mAP, rank1}]`."
     order = 51 # just after fastai's Recorder
@@ -137,6 +145,8 @@ class Retrieval(Callback):
 
     def before_validate(self):
         if not self.trained: return
+        losses = self.recorder.losses # of the epoch, from the device
+        losses[-self.count:] = torch.stack(losses[-self.count:]).cpu()
         row = dict(train_loss=float(self.total)/self.count)
         if not np.isfinite(row['train_loss']): raise ValueError(
             f"epoch {self.epoch}: the loss is {row['train_loss']}; lower the "
@@ -325,6 +335,7 @@ def reid_learner(
     learn = ReidLearner(dls, model, loss or BaselineLoss(), opt_func=opt_func,
                         lr=lr, wd=wd, splitter=body_and_head, cbs=cbs)
     learn.logger = noop # the bar shows the table; without it there is silence
+    learn.recorder.smooth_loss = _SmoothLoss(learn.recorder.smooth_loss.beta)
     learn.recorder.plot_loss = partial(learn.recorder.plot_loss, with_valid=False)
     return learn
 

@@ -6,13 +6,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from PIL import Image
 
 from reidlit import crossdataset, ics, video
-from reidlit.baseline import baseline_settings, fit_baseline
+from reidlit.baseline import baseline_learner, baseline_settings, fit_baseline
 from reidlit.core import DataError, ReidSet, seed_all
 from reidlit.data.world import World
 from reidlit.detection.detectors import faster_rcnn
@@ -244,3 +245,22 @@ def test_more_epochs_on_resume(data, tmp_path):
     fit_baseline(data[0], s, folder=tmp_path/'c', device='cpu')
     with pytest.raises(DataError, match='planned over all epochs'):
         fit_baseline(data[0], s | dict(epochs=9), folder=tmp_path/'c', resume=True, device='cpu')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('name', ['baseline', 'M1', 'M5', 'M8', 'embedding'])
+def test_a_step_does_not_wait_for_the_gpu(name, data):
+    with quiet():
+        if name == 'baseline': learn = baseline_learner(data[0], None, None, baseline_settings('drawn', 'ci', p=4), 'cuda')
+        elif name == 'embedding':
+            learn = crossdataset.embedding_learner([data[0]], settings=settings(crossdataset), device='cuda')
+        else: learn = ics.ics_learner(data[0], name, settings(ics), device='cuda')
+    assert learn.dls.train_ds.pixels.is_cuda and isinstance(learn.opt_func, type)
+    learn.fit(1)
+
+    class Watch(Callback):
+        "The first step of an epoch copies the order of its rows."
+        def after_batch(self):
+            torch.cuda.set_sync_debug_mode('error' if self.training and self.iter+1 < self.n_iter else 'default')
+    try: learn.fit(1, cbs=Watch())
+    finally: torch.cuda.set_sync_debug_mode('default')

@@ -443,4 +443,5 @@ def test_a_trained_run_is_loaded_for_searching(train, tmp_path):
     for folder, learn in (('stage1', f.first), ('stage2', f.learn)):
         model, settings = load_model(tmp_path / folder)
         assert settings['variant'] == learn.variant
-        assert torch.equal(extract_features(model, train[:9], SHORT['size']), learn.features(train[:9]))
+        a, b = extract_features(model, train[:9], SHORT['size']), learn.features(train[:9])
+        assert torch.allclose(a, b, atol=1e-5) if torch.cuda.is_available() else torch.equal(a, b)

@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from reidlit.baseline import baseline_learner, baseline_settings
 from reidlit.core import DataError
 from reidlit.crossdataset import EmbeddingNet
+from reidlit.data.world import World
 from reidlit.ics import CameraMemory, IcsModel
+from reidlit.learner import quiet
 from reidlit.models import ReidModel
-from reidlit.runs import build_model, load_model, make_settings, save_model, shipped
+from reidlit.runs import build_model, fit, load_model, make_settings, save_model, shipped
 from reidlit.video import VideoReid
 
 NETWORKS = dict(reid=lambda: ReidModel('tiny', 5, 'gem'), embedding=lambda: EmbeddingNet('tiny16', 8, 4),
@@ -98,3 +101,17 @@ def test_names_of_before_work_and_say_where_they_are():
     text = ' '.join(str(w.message) for w in said)
     for place in ('reidlit.ics.memory', 'reidlit.runs.fit', 'reidlit.ics.PUBLISHED', 'reidlit.video.cut_clips'):
         assert place in text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_resuming_on_a_gpu_differs_as_equal_runs_do(tmp_path):
+    train = World(20, 2, 1).crops('train', per_camera=3, size=(64, 32))
+    s = baseline_settings('drawn', 'ci', p=4, epochs=4)
+
+    def run(folder, stop=None, resume=False):
+        with quiet(): learn = baseline_learner(train, None, None, s, 'cuda')
+        try: fit(learn, 4, folder, s, resume, stop)
+        except KeyboardInterrupt: return run(folder, resume=True)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    a, b, c = run(None), run(None), run(tmp_path, stop=2)
+    assert (a-c).abs().max() <= 10*(a-b).abs().max() + 1e-4

@@ -143,6 +143,7 @@ def as_markdown(output, picture):
 
 def to_repo(markdown):
     "Links between notebooks, as links from the repository's root."
+    markdown = markdown.replace('](../docs/', '](docs/')
     return re.sub(r'\]\((?!https?:|#|nbs/|docs/)([\w./-]+\.ipynb)', r'](nbs/\1', markdown)
 
 
@@ -221,6 +222,7 @@ def plain(src, dest):
             words = [o.get('data', {}).get('text/markdown', '') for o in c.outputs]
             if 'echo:false' in marks and any('.ipynb)' in w for w in words): # a book follows links in text only
                 c = nbformat.v4.new_markdown_cell('\n\n'.join(words), id=c.id)
+        if c.cell_type == 'markdown': c.source = c.source.replace('](../docs/', '](')
         if c.source.strip(): cells.append(c)
     nb.cells = cells
     dest.parent.mkdir(parents=True, exist_ok=True)

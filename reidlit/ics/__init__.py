@@ -76,7 +76,7 @@ PUBLISHED = dict(p=16, k=4, momentum=.5, temperature=1/15, m1=.3, m2=.3, dim=Non
 # %% ../../nbs/32_ics.ipynb #45c33bea
 def ics_settings(
     kind:str='real', # `'real'` or `'drawn'` pictures
-    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; `None`: the active one
+    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; `None`: active
     **changes # Instead of the preset's or the paper's values
 )->dict: # For `ics_learner` and `fit_ics`
     "The settings of a preset, changed where asked; `ValueError` if unknown."
