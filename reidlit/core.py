@@ -220,7 +220,9 @@ class ReidSet:
     dropped:Dropped=field(default_factory=Dropped) # What was left out
 
     def __post_init__(self):
-        n = len(self.images)
+        n,im = len(self.images),self.images
+        if isinstance(im, np.ndarray) and im.ndim==4 and im.dtype!=np.uint8:
+            raise ValueError(f'{self.name} images: {im.dtype}, expected uint8 0..255')
         for k in ('pids', 'camids', 'tids', 'frames'):
             if (x := getattr(self, k)) is not None:
                 setattr(self, k, as_labels(x, f'{self.name} {k}', n))

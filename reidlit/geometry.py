@@ -127,7 +127,7 @@ def resize(self:Camera,
 
 # %% ../nbs/02_geometry.ipynb #bf6671f8
 def _bend(x, dist):
-    "Distorted `x` (focal lengths), and its derivatives uu, uv and vv."
+    "Distorted `x` (focal lengths), and du'/du, du'/dv = dv'/du, dv'/dv."
     k1,k2,p1,p2,k3,k4,k5,k6 = dist
     u,v = np.moveaxis(x, -1, 0).copy()
     uu,uv,vv = u*u,u*v,v*v
@@ -150,20 +150,31 @@ def _limit(self:Camera):
     r = np.r_[(n.deriv()*d - n*d.deriv()).roots(), d.roots()]
     return r[(abs(r.imag)<1e-9)&(r.real>0)].real.min(initial=np.inf)
 
-def _straighten(y, dist, limit, steps=30):
-    "The `x` `(N,2)` that `_bend` takes to `y`, by Newton's method; NaN if none."
-    x,on = y.copy(),slice(None)
+def _newton(y, x, dist, limit, steps=30):
+    "Points of `x` `(N,2)` moved until `_bend` takes them to `y`; NaN where not."
+    x,on = x.copy(),slice(None)
     for _ in range(steps):
         z,(a,b,d) = _bend(x[on], dist)
         (e,f),det = (z - y[on]).T, a*d - b*b
         step = np.stack([(d*e - b*f)/det, (a*f - b*e)/det], -1)
         x[on] -= step
-        far = (abs(step)>1e-6).any(-1) # the next error is a step's square
-        if not far.any(): break
-        if not far.all(): on = np.arange(len(x))[on][far]
+        wrong = (abs(step)>1e-6).any(-1) # the next error is a step's square
+        if not wrong.any(): break
+        if not wrong.all(): on = np.arange(len(x))[on][wrong]
     miss = np.linalg.norm(_bend(x, dist)[0] - y, axis=-1)
     ok = (miss<1e-9)&(np.linalg.norm(x, axis=-1)<limit)
     return np.where(ok[..., None], x, np.nan)
+
+def _straighten(y, dist, limit):
+    "The `x` `(N,2)` that `_bend` takes to `y`, by Newton's method; NaN if none."
+    x = _newton(y, y, dist, limit)
+    far = limit if np.isfinite(limit) else 10
+    for share in (.95, .8, .6, .4, .2): # a lens that bends much wants another start
+        lost = np.isnan(x[:, 0])&np.isfinite(y).all(-1)
+        if not lost.any(): break
+        r = np.linalg.norm(y[lost], axis=-1, keepdims=True)
+        x[lost] = _newton(y[lost], y[lost]*share*far/r, dist, limit)
+    return x
 
 # %% ../nbs/02_geometry.ipynb #4d4683c0
 @patch
@@ -288,7 +299,7 @@ def triangulate(
     cams:list, # V cameras in one unit
     points # Pixels as photographed `(V,...,2)`; NaN is not seen
 )->tuple: # Points `(...,3)`, reprojection errors `(V,...)` in pixels
-    "Points seen by 2 or more views (NaN: fewer), with errors (inf: behind)."
+    "Points seen from 2 places or more (else NaN); errors (inf: out of sight)."
     x,V = _points(points, 2, 'points'),len(cams)
     if V<2 or len(x)!=V:
         raise ValueError(f'{V} cameras and points of {len(x)}: need 2 or more')
@@ -306,7 +317,10 @@ def triangulate(
         X = _meet(rows)
         depth = (P[..., 2, :3]*X).sum(-1) + P[..., 2, 3]
         X = mid + scale*_meet(rows/depth[..., None, None])
-    X = np.where(seen.sum(0)<2, np.nan, X).reshape(*x.shape[1:-1], 3)
+    sees = seen[..., 0] # (V,N)
+    own = sees.T@C/np.maximum(sees.sum(0), 1)[:, None] # the middle of those that see it
+    apart = np.where(sees, np.linalg.norm(C[:, None] - own, axis=-1), 0).max(0)
+    X = np.where((apart>1e-9*scale)[:, None], X, np.nan).reshape(*x.shape[1:-1], 3)
     miss = np.stack([np.linalg.norm(c.project(X)[0] - p, axis=-1)
                      for c,p in zip(cams, x)])
     lost = np.isnan(miss)&np.isfinite(X).all(-1)&np.isfinite(x).all(-1)

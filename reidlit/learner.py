@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.fp16 import AMPMode,MixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import TrackerCallback
-from fastai.learner import AvgSmoothLoss,Learner,defaults
+from fastai.callback.tracker import SaveModelCallback,TrackerCallback
+from fastai.learner import AvgSmoothLoss,Learner,SkipToEpoch,defaults
 from fastai.optimizer import Adam,Optimizer
 from fastai.torch_core import get_model,rank_distrib
 from fastcore.basics import noop,patch
@@ -99,6 +99,8 @@ class BaselineLoss:
         self.label_smoothing,self.margin = label_smoothing,margin
 
     def __call__(self, pred, y, *_):
+        if pred.logits is None: raise ValueError(
+            'the network has no classifier: n_classes=len(dls.classes)')
         ce = F.cross_entropy(pred.logits.float(), y,
                              label_smoothing=self.label_smoothing)
         return ce+batch_hard_triplet(pred.pooled.float(), y, self.margin)
@@ -117,7 +119,9 @@ class Retrieval(Callback):
     order = 51 # just after fastai's Recorder
     def __init__(self,
         every:int=1 # Epochs between scores; the last is always scored
-    ): self.every,self.history,self.count = every,[],0
+    ):
+        if every<1: raise ValueError(f'every={every}: expected 1 or more')
+        self.every,self.history,self.count = every,[],0
 
     @property
     def trained(self):
@@ -136,6 +140,20 @@ class Retrieval(Callback):
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback) and cb.monitor not in self.names:
                 raise ValueError(f'monitor={cb.monitor!r}: expected one of {self.names}')
+            if isinstance(cb, TrackerCallback) and self.every>1: raise ValueError(
+                f'every={self.every}: what monitors epochs needs scores of each')
+
+    def after_cancel_epoch(self): # one that a resumed training skips
+        if self.epoch<len(self.history): self.recorder.log[1:] = self._values(self.epoch)
+        for cb in self.learn.cbs: # its best weights are in their file already
+            if isinstance(cb, SaveModelCallback): cb._save = noop
+
+    def before_train(self):
+        for cb in self.learn.cbs:
+            if isinstance(cb, SaveModelCallback): cb.__dict__.pop('_save', None)
+
+    def _values(self, epoch):
+        return [self.history[epoch].get(k, float('nan')) for k in self.names]
 
     def before_epoch(self): self.total,self.count = 0,0
 
@@ -159,8 +177,7 @@ class Retrieval(Callback):
         raise CancelValidException
 
     def after_validate(self): # fastai has put its own numbers there
-        if self.trained: self.recorder.log[1:] = [
-            self.history[-1].get(k, float('nan')) for k in self.names]
+        if self.trained: self.recorder.log[1:] = self._values(-1)
 
 # %% ../nbs/12_learner.ipynb #81d2daf9
 class EpochSeed(Callback):
@@ -168,13 +185,21 @@ class EpochSeed(Callback):
     order = -20
     def __init__(self,
         seed:int=0 # Of the whole run
-    ): self.seed = seed
+    ): self.seed,self.next = seed,0
+
+    def before_fit(self): # epochs of fits before this one, if it does not resume one
+        resumes = any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs)
+        self.first = 0 if resumes else self.next
 
     def before_epoch(self):
-        key = 'epoch',self.epoch,*[rank for rank in [rank_distrib()] if rank]
+        self.number = self.first+self.epoch
+        key = 'epoch',self.number,*[rank for rank in [rank_distrib()] if rank]
         seed_all(int(rng_for(self.seed, *key).integers(2**31)))
         sampler = getattr(self.dls.train, 'sampler', None)
-        if sampler is not None: sampler.set_epoch(self.epoch)
+        if sampler is not None: sampler.set_epoch(self.number)
+
+    def after_train(self):
+        if not hasattr(self.learn, 'lr_finder'): self.next = self.number+1
 
 class ReidLearner(Learner):
     "fastai's `Learner`, for models that describe people."
@@ -183,7 +208,7 @@ class ReidLearner(Learner):
         return extract_features(get_model(self.model), as_items(what), self.dls.size, flip)
 
     def predict(self, item, rm_type_tfms=None, with_input=False):
-        "The same; the names are fastai's."
+        "As `features`; the other arguments are fastai's, and ignored."
         return self.features(item)
 
     def evaluate(self, query=None, gallery=None, flip=True, **kwargs):
@@ -202,10 +227,13 @@ class ReidLearner(Learner):
 
     def _search(self, query, gallery):
         "The pictures to search with and in."
-        if query is None: query,gallery = [getattr(self.dls, k, None)
-                                           for k in ('query', 'gallery')]
+        if query is None and gallery is None:
+            query,gallery = [getattr(self.dls, k, None) for k in ('query', 'gallery')]
         if query is None or gallery is None: raise ValueError(
-            'no query and gallery: give them here, or to ReidLoaders')
+            'no query and gallery: give both here, or to ReidLoaders')
+        for s in (query, gallery):
+            if not isinstance(s, ReidSet):
+                raise ValueError(f'{type(s).__name__}: expected a ReidSet with labels')
         return query,gallery
 
     def _do_one_batch(self):
@@ -326,11 +354,11 @@ def reid_learner(
     if isinstance(model, str):
         model = ReidModel(load_backbone(model, weights), len(dls.classes),
                           dtype=fast_dtype(dls.device, model))
-    if query is not None: dls.score_on(query, gallery)
+    if query is not None or gallery is not None: dls.score_on(query, gallery)
     model = model.to(dls.device)
     name = (getattr(model, 'recipe', None) or {}).get('body', '')
     if not name.startswith('tiny'): model = model.to(memory_format=torch.channels_last)
-    cbs = [Retrieval(every), EpochSeed(seed), *cbs]
+    cbs = [Retrieval(every), EpochSeed(seed), *L(cbs)]
     opt_func = opt_func or (FusedAdam if dls.device.type=='cuda' else Adam)
     learn = ReidLearner(dls, model, loss or BaselineLoss(), opt_func=opt_func,
                         lr=lr, wd=wd, splitter=body_and_head, cbs=cbs)
@@ -403,15 +431,15 @@ def detach_distributed(self:ReidLearner)->ReidLearner: # The same
 def show_results(self:ReidLearner,
     query:ReidSet|None=None, # Searches; `None`: the loaders'
     gallery:ReidSet|None=None, # Searched
-    rows=(0, 1, 2), # Which queries
+    rows=(0, 1, 2), # Which queries; those that there are
     n:int=10 # Length of the list
 ):
     "The axes, with ranked lists of some queries."
     query,gallery = self._search(query, gallery)
-    q,g = self.features(query[list(rows)]),self.features(gallery)
-    dist = torch.cdist(q, g).numpy()
-    fig,axes = plt.subplots(len(rows), 1, figsize=(7, 1.35*len(rows)))
-    for ax,row,d in zip(np.atleast_1d(axes), rows, dist):
+    rows = [r for r in rows if r<len(query)]
+    q,g = self.features(query[rows]),self.features(gallery)
+    _,axes = plt.subplots(len(rows), 1, figsize=(7, 1.35*len(rows)), squeeze=False)
+    for ax,row,d in zip(axes[:, 0], rows, torch.cdist(q, g).numpy()):
         off = gallery.junk.copy()
         if query.camids is not None and gallery.camids is not None:
             off |= (gallery.pids==query.pids[row]) & (gallery.camids==query.camids[row])
@@ -421,7 +449,7 @@ def show_results(self:ReidLearner,
         size = self.dls.size
         show_ranked(query.read(row, size), [gallery.read(i, size) for i in best],
                     gallery.pids[best]==query.pids[row], d[best], ax=ax)
-    return axes
+    return axes[:, 0]
 
 # %% ../nbs/12_learner.ipynb #44dcda6a
 __getattr__ = moved_names(__name__, fit_resumable='runs.fit',

@@ -14,6 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 from fastcore.basics import patch
+from PIL import Image
 from .core import ReidSet,default_device
 from .data.augment import Augment,to_uint8
 from .data.sampling import PKSampler
@@ -24,7 +25,7 @@ from .viz import camera_color,show_crops
 def free_room(
     device # A `torch.device`
 )->float: # Bytes
-    "What pictures may take: a quarter of a GPU's free memory, else 2 GB."
+    "What pictures may take there: a quarter of a GPU's free memory, else 2 GB."
     return torch.cuda.mem_get_info(device)[0]/4 if device.type=='cuda' else 2e9
 
 class ReidDataset:
@@ -34,11 +35,11 @@ class ReidDataset:
         size:tuple, # `(H,W)` of the network's input
         in_memory:bool|None=None, # `None`: if it takes less than `room`
         device=None, # Where batches go; pictures in memory wait there
-        room:float|None=None # Bytes; `None`: `free_room` of the device
+        room:float|None=None # Bytes; `None`: 2 GB, or `free_room` if that is more
     ):
         device = torch.device(device or 'cpu')
-        if in_memory is None: in_memory = \
-            len(items)*size[0]*size[1]*3 < (free_room(device) if room is None else room)
+        if room is None: room = max(2e9, free_room(device))
+        if in_memory is None: in_memory = len(items)*size[0]*size[1]*3 < room
         self.items = items.load(size) if in_memory else items
         pids = -np.ones(len(items), int) if items.pids is None else items.pids
         self.size,self.classes = tuple(size),np.unique(pids)
@@ -60,8 +61,8 @@ class ReidDataset:
 def to(self:ReidDataset,
     device # Where batches go
 )->ReidDataset: # The same
-    "Pictures in memory move to the device."
-    if self.pixels is not None:
+    "Pictures in memory move to the device, if they fit there."
+    if self.pixels is not None and self.pixels.nbytes<free_room(torch.device(device)):
         self.pixels,self.table = self.pixels.to(device),self.table.to(device)
     return self
 
@@ -82,7 +83,7 @@ class SampledLoader(DataLoader):
     "fastai's loader with rows from a batch sampler, or in order."
     def __init__(self,
         dataset, # Items; a `ReidDataset` for instance
-        sampler=None, # Yields equal batches of rows, e.g. a `PKSampler`
+        sampler=None, # A `BatchSampler` with equal batches, e.g. a `PKSampler`
         change=None, # What is done to a batch on the device
         bs:int=128, # Of a batch in order
         device=None, # Where batches go; `None` leaves them
@@ -90,19 +91,23 @@ class SampledLoader(DataLoader):
         **kwargs # For fastai's `DataLoader`: `create_batch`, `get_idxs`, ...
     ):
         if sampler is not None:
+            if not hasattr(sampler, 'set_epoch'): raise TypeError(
+                f'sampler {type(sampler).__name__}: expected a BatchSampler')
             bs = np.size(next(iter(sampler)))
             sampler.set_epoch(0)
-        waits = getattr(dataset, 'pixels', None) is not None # in memory
+        pixels = getattr(dataset, 'pixels', None)
+        if pixels is not None: num_workers = 0 # a lookup needs no help
         cuda = device is not None and torch.device(device).type=='cuda'
-        super().__init__(dataset, bs=bs, num_workers=0 if waits else num_workers,
-                         pin_memory=cuda and not waits, **kwargs)
+        there = pixels is not None and pixels.is_cuda
+        super().__init__(dataset, bs=bs, num_workers=num_workers,
+                         pin_memory=cuda and not there, **kwargs)
         self.sampler,self.change,self.where,self.whole = sampler,change,device,bs
 
     def to(self, device): self.where = device
     def __len__(self):
         return super().__len__() if self.sampler is None else len(self.sampler)
     def get_idxs(self):
-        if self.sampler is None: return list(range(self.n))
+        if self.sampler is None: return super().get_idxs()
         n,rank = dist.get_world_size() if dist.is_initialized() else 1,0
         if n>1: rank = dist.get_rank()
         self.bs,left = divmod(self.whole, n)
@@ -116,8 +121,8 @@ class SampledLoader(DataLoader):
     def create_item(self, i): # a `ReidDataset` makes its batches at once
         return i if hasattr(self.dataset, 'batch') else self.dataset[i]
     def create_batch(self, b):
-        whole = getattr(self.dataset, 'batch', None)
-        return whole(b) if whole else super().create_batch(b)
+        make = getattr(self.dataset, 'batch', None)
+        return make(b) if make else super().create_batch(b)
     def retain(self, res, b): return res
 
 # %% ../nbs/11a_loaders.ipynb #96da5898
@@ -139,18 +144,22 @@ class TrainLoaders(DataLoaders):
 
 # %% ../nbs/11a_loaders.ipynb #2253b750
 def as_items(
-    what # A `ReidSet`, a folder, a picture, `(H,W,3)` or `(N,H,W,3)` uint8, paths
+    what # A `ReidSet`, a folder, a picture, `(H,W,3)` or `(N,H,W,3)` uint8, paths;
+         # a PIL image too
 )->ReidSet: # With the labels that names or subfolders tell, else without
     "Pictures as a set; `ValueError` for what holds none."
     if isinstance(what, ReidSet): return what
     if isinstance(what, (str, Path)): return open_crops(what)
+    if isinstance(what, Image.Image): what = np.asarray(what.convert('RGB'))
     if hasattr(what, 'shape'):
         x = np.asarray(what)
         if x.dtype!=np.uint8 or x.ndim not in (3, 4) or x.shape[-1]!=3:
             raise ValueError(f'pictures: {x.dtype} {x.shape}, expected uint8 '
                              '(H, W, 3) or (N, H, W, 3)')
         return ReidSet(x[None] if x.ndim==3 else x, None)
-    return ReidSet(list(what), None)
+    if not len(what := list(what)): raise ValueError('no pictures')
+    pixels = lambda x: np.asarray(x.convert('RGB')) if isinstance(x, Image.Image) else x
+    return ReidSet([pixels(x) for x in what], None)
 
 def _changed(change, batch): return change(batch[0]),*batch[1:]
 
@@ -173,6 +182,8 @@ class ReidLoaders(TrainLoaders):
         path='.' # Where fastai saves
     ):
         device = default_device(device)
+        if sampler is None and train.pids is None:
+            raise ValueError(f'{train.name or "train"}: no identities to train on')
         ds = ReidDataset(train, size, device=device, room=room)
         self.size,self.classes = ds.size,ds.classes
         self.augment = augment or Augment()
@@ -208,26 +219,45 @@ def test_dl(self:ReidLoaders,
 @patch
 def new(self:SampledLoader,
     dataset=None, # Instead of its own
+    bs:int|None=None, # Pictures a batch; `None`: its own
     shuffle:bool=False, # fastai's; not used
     drop_last:bool=False, # fastai's; not used
     **kwargs # `get_idxs`
 )->SampledLoader: # In order, unchanged
     "A loader of the same pictures as fastai asks for, to predict on."
     change = self.change
-    if isinstance(change, partial): change = partial(change.func, Augment.none())
+    if getattr(change, 'func', None) is _changed: change = partial(_changed, Augment.none())
     return SampledLoader(self.dataset if dataset is None else dataset, None, change,
-                         self.bs, self.where, **kwargs)
+                         bs or self.bs, self.where, **kwargs)
+
+def _check_search(query, gallery):
+    "Raise unless there is something to score."
+    for name,s in (('query', query), ('gallery', gallery)):
+        if not isinstance(s, ReidSet) or not len(s) or s.pids is None:
+            raise ValueError(f'{name}: expected a ReidSet of pictures with pids')
+    if (query.camids is None)!=(gallery.camids is None):
+        raise ValueError('camids are in one of query and gallery only')
+    cams = [np.zeros(len(s)) if s.camids is None else s.camids for s in (query, gallery)]
+    if query.camids is None: cams[1] = cams[1]+1 # unknown: nothing is left out
+    seen = {}
+    for p,c in zip(gallery.pids.tolist(), cams[1].tolist()): seen.setdefault(p, set()).add(c)
+    if not any(seen.get(p, set())-{c} for p,c in zip(query.pids.tolist(), cams[0].tolist())):
+        raise ValueError('no query has a match in the gallery' +
+                         (' in another camera' if query.camids is not None else ''))
 
 @patch
 def score_on(self:ReidLoaders,
     query:ReidSet|None, # Searches; `None`: no validation
     gallery:ReidSet|None # What they search
 )->None: # Nothing
-    "Choose what validation searches, and searches in."
+    "Choose what validation searches, and searches in; `ValueError` if nothing is."
     if (query is None)!=(gallery is None):
         raise ValueError('give query and gallery, or neither')
     self.query,self.gallery = query,gallery
-    if query is None: return
+    if query is None:
+        self.loaders[1] = SampledLoader([], device=self.device)
+        return
+    _check_search(query, gallery)
     both = ReidSet([*query.images, *gallery.images], *[None if q is None or g is None
         else np.r_[q, g] for q,g in ((query.pids, gallery.pids),
                                      (query.camids, gallery.camids))])

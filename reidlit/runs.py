@@ -56,7 +56,8 @@ def save_checkpoint(
     folder, # Where `checkpoint.json` and its tensors go
     learn:ReidLearner, # After some epochs
     epoch:int, # Epochs done
-    settings:dict # What was asked for, kept in the JSON
+    settings:dict, # What was asked for, kept in the JSON
+    planned:int|None=None # Epochs in all
 )->Path: # The JSON file
     "The checkpoint's path, after both files were written."
     folder,model = Path(folder),get_model(learn.model)
@@ -66,7 +67,7 @@ def save_checkpoint(
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
     write_atomic(folder/name, save(tensors))
     state = dict(tensors=name, epoch=epoch, history=_keeper(learn).history,
-                 settings=settings, optimiser=rest,
+                 settings=settings, optimiser=rest, planned=planned,
                  recipe=getattr(model, 'recipe', None))
     path = write_atomic(folder/'checkpoint.json',
                         json.dumps(state, indent=1).encode())
@@ -93,20 +94,23 @@ def load_checkpoint(
     folder, # Written by `save_checkpoint`
     learn:ReidLearner, # Same model, same settings
     settings:dict|None=None, # Must equal the stored ones, if given
-    grow:bool=False # May `epochs` be more than the stored ones?
+    grow:bool=False, # May `epochs` be more than the stored ones?
+    planned:int|None=None # Epochs in all
 )->int: # Epochs done
     "The number of epochs done, after weights, optimiser and history are back."
     state,tensors = read_checkpoint(folder)
     settings = json.loads(json.dumps(settings)) # as stored: tuples are lists
-    if settings is not None and settings!=state['settings']:
-        was = state['settings']
-        differ = sorted(k for k in {*settings, *was} if settings.get(k)!=was.get(k))
-        longer = differ==['epochs'] and settings['epochs']>was['epochs']
-        plan = '' if 'epochs' not in differ or grow else \
-            ' (its learning rate is planned over all epochs)'
-        if not (longer and grow): raise DataError(Path(folder)/'checkpoint.json',
-            f'was trained with other settings: {differ}',
-            f'the same settings{plan}, or another output folder')
+    was,were = state['settings'],state.get('planned')
+    differ = [] if settings is None else sorted(
+        k for k in {*settings, *was} if settings.get(k)!=was.get(k))
+    longer = None not in (planned, were) and planned!=were
+    if longer and not differ: differ = ['epochs']
+    if longer and grow and planned>were and differ==['epochs']: differ = []
+    plan = '' if 'epochs' not in differ or grow else \
+        ' (its learning rate is planned over all epochs)'
+    if differ: raise DataError(Path(folder)/'checkpoint.json',
+        f'was trained with other settings: {differ}',
+        f'the same settings{plan}, or another output folder')
     learn.model.load_state_dict({k[6:]:v for k,v in tensors.items()
                                  if k.startswith('model.')})
     learn.create_opt()
@@ -125,11 +129,13 @@ class Checkpoints(Callback):
     order = 60
     def __init__(self,
         folder, # Where to
-        settings:dict # Kept in the JSON
-    ): self.folder,self.settings = Path(folder),settings
+        settings:dict, # Kept in the JSON
+        planned:int|None=None # Epochs in all
+    ): self.folder,self.settings,self.planned = Path(folder),settings,planned
 
     def after_validate(self): # of several processes, one writes
-        if not rank_distrib(): save_checkpoint(self.folder, self.learn, self.epoch+1, self.settings)
+        if not rank_distrib(): save_checkpoint(self.folder, self.learn, self.epoch+1,
+                                               self.settings, self.planned)
 
 class StopAfter(Callback):
     "Raises `KeyboardInterrupt` after some epochs, as Ctrl-C would."
@@ -175,9 +181,14 @@ def fit(
     grow:bool=False # May a run go on for more epochs? Yes, if `sched` counts epochs
 )->ReidLearner: # The same learner, fitted
     "The learner after all epochs; `DataError` if the folder holds a run."
+    for name,value in (settings or {}).items(): # before an epoch is lost by it
+        try: json.dumps(value)
+        except TypeError: raise ValueError(f'settings {name!r}: {type(value).__name__} '
+                                           'cannot be kept as JSON') from None
     begun = check_folder(folder, resume)
-    done = load_checkpoint(folder, learn, settings, grow) if begun else 0
-    cbs = [] if folder is None else [Checkpoints(folder, settings)]
+    learn.epoch_seed.next = 0 # its epochs count from here
+    done = load_checkpoint(folder, learn, settings, grow, epochs) if begun else 0
+    cbs = [] if folder is None else [Checkpoints(folder, settings, epochs)]
     if stop_after is not None: cbs.append(StopAfter(stop_after))
     if done >= epochs: return learn
     with _together(learn):

@@ -1,6 +1,7 @@
 "What a fastai user calls, on the package's learners: each call of docs/fastai.md."
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +19,9 @@ from reidlit.core import DataError, ReidSet, seed_all
 from reidlit.data.world import World
 from reidlit.detection.detectors import faster_rcnn
 from reidlit.detection.training import detect, detector_learner, world_frames
-from reidlit.learner import ReidLoaders, extract_features, quiet, reid_learner
+from reidlit.learner import ReidLoaders, SampledLoader, extract_features, quiet, reid_learner
+from reidlit.models import ReidModel
+from reidlit.runs import StopAfter, fit
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 SIZE = (64, 32)
@@ -264,3 +267,59 @@ def test_a_step_does_not_wait_for_the_gpu(name, data):
             torch.cuda.set_sync_debug_mode('error' if self.training and self.iter+1 < self.n_iter else 'default')
     try: learn.fit(1, cbs=Watch())
     finally: torch.cuda.set_sync_debug_mode('default')
+
+
+def test_a_resumed_training_keeps_its_callbacks(data, tmp_path):
+    train, query, gallery = data
+
+    def make():
+        dls = ReidLoaders(train, SIZE, 8, query=query, gallery=gallery, device='cpu', path=tmp_path)
+        cbs = [SaveModelCallback(monitor='mAP'), EarlyStoppingCallback(monitor='mAP', patience=9)]
+        with quiet(): return reid_learner(dls, 'tiny16', lr=3e-3, cbs=cbs)
+    with pytest.raises(KeyboardInterrupt): fit(make(), 4, tmp_path/'run', stop_after=2)
+    learn, saved = make(), []
+    learn.save = lambda *a, **k: saved.append(learn.epoch)  # the best of before is in its file already
+    learn.load = lambda *a, **k: learn
+    fit(learn, 4, tmp_path/'run', resume=True)
+    assert len(learn.retrieval.history) == 4 and all(e >= 2 for e in saved)
+    assert [len(v) for v in learn.recorder.values] == [3]*4
+
+
+def test_second_fits_see_other_batches(learn):
+    learn.fit(1)
+    first = learn.dls.train.sampler.epoch
+    learn.fit(1)
+    assert (first, learn.dls.train.sampler.epoch) == (1, 2)
+    learn.fit(1, cbs=StopAfter(9))
+    assert learn.epoch_seed.number == 2
+
+
+def test_plans_and_settings_are_checked_before_an_epoch(learn, data, tmp_path):
+    fit(learn, 1, tmp_path/'a')
+    with pytest.raises(DataError, match='planned over all epochs'): fit(learn, 2, tmp_path/'a', resume=True)
+    with pytest.raises(ValueError, match="settings 'where'.*JSON"): fit(learn, 1, tmp_path/'b', dict(where=tmp_path))
+    assert not (tmp_path/'b').exists()
+
+
+@pytest.mark.parametrize('spoil,said', [
+    (lambda q, g: (q[:0], g), 'query: expected'), (lambda q, g: (q, None), 'or neither'),
+    (lambda q, g: (replace(q, pids=None), g), 'query: expected'), (lambda q, g: ('q', g), 'query: expected'),
+    (lambda q, g: (replace(q, camids=None), g), 'one of query and gallery'),
+    (lambda q, g: (replace(q, pids=q.pids+1000), g), 'no query has a match')])
+def test_what_cannot_be_scored_is_refused_at_once(spoil, said, data):
+    with pytest.raises(ValueError, match=said):
+        q, g = spoil(*data[1:])
+        ReidLoaders(data[0], SIZE, 8, query=q, gallery=g, device='cpu')
+
+
+def test_misuse_is_named(learn, data):
+    with pytest.raises(ValueError, match='float32, expected uint8'): ReidSet(data[0].images/np.float32(255), None)
+    with pytest.raises(ValueError, match='no identities'): ReidLoaders(ReidSet(data[0].images, None), SIZE)
+    with pytest.raises(ValueError, match='no classifier'):
+        with quiet(): reid_learner(learn.dls, ReidModel('tiny16')).fit(1)
+    with pytest.raises(ValueError, match='every=0'): reid_learner(learn.dls, every=0)
+    with pytest.raises(ValueError, match='scores of each'):
+        with quiet(): reid_learner(learn.dls, 'tiny16', every=2, cbs=SaveModelCallback(monitor='mAP')).fit(1)
+    with pytest.raises(ValueError, match='str: expected a ReidSet'): learn.evaluate('q', 'g')
+    with pytest.raises(ValueError, match='give both'): learn.evaluate(gallery=data[2])
+    with pytest.raises(TypeError, match='BatchSampler'): SampledLoader(learn.dls.train_ds, [[0, 1]])

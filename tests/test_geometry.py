@@ -208,3 +208,30 @@ def test_points_behind_a_camera_have_infinite_error():
     X, miss = triangulate(cams, [[200, 100], [np.nan, 100]])
     assert np.isnan(X).all() and np.isnan(miss).all()
     with pytest.raises(ValueError, match='1 cameras'): triangulate(cams[:1], [[1, 2]])
+
+
+def test_two_cameras_at_one_place_give_no_point(rng):
+    a, b = (Camera.look_at(p, (0, 0, 1), (640, 480), fov=60) for p in ((6, 0, 3), (0, 6, 3)))
+    twin = Camera.look_at((6, 0, 3), (0, 1, 1), (640, 480), fov=60)
+    X = np.array([[.3, .2, 1], [0, 0, .5]])
+    x = np.stack([c.project(X)[0] for c in (a, twin, b)])
+    x[2, 0] = np.nan
+    got, _ = triangulate([a, twin, b], x)
+    assert np.isnan(got[0]).all()
+    np.testing.assert_allclose(got[1], X[1], atol=1e-9)
+
+
+def test_strong_lenses_lose_few_pixels(rng):
+    "Where Newton's method from the pixel itself does not arrive, other starts do."
+    lost = n = 0
+    for _ in range(200):
+        dist = rng.uniform(-1, 1, 4)*[.7, .3, .004, .004]
+        c = Camera.look_at((6, 0, 3), (0, 0, 1), (640, 480), focal=320, dist=dist)
+        r = rng.uniform(0, .95, 200)*min(c._limit, 2)
+        a = rng.uniform(0, 6.3, 200)
+        x = (np.stack([r*np.cos(a), r*np.sin(a)], -1)@c.K[:2, :2].T)+c.K[:2, 2]
+        y = c.undistort(c.distort(x))
+        ok = ~np.isnan(y[:, 0])
+        lost, n = lost+(~ok).sum(), n+len(r)
+        np.testing.assert_allclose(c.distort(y[ok]), c.distort(x[ok]), atol=1e-5)
+    assert lost/n < .002

@@ -57,7 +57,7 @@ def _rows(memory, f):
 def update(self:CameraMemory,
     f:torch.Tensor, # Features `(B,d)`, unit length
     labels:torch.Tensor, # Their accumulated identities `(B,)`
-    most:int|None=None # Pictures of one identity at most; `None`: counted
+    most:int|None=None # No identity has more pictures (not checked); `None`: counted
 )->None: # Nothing; rows and `seen` change in place
     "Moves rows (Eq. 1), after `backward`; `ValueError` for NaN, bad labels."
     check_ids(labels, self.cameras)
