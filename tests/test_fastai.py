@@ -11,6 +11,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
+from fastai.torch_core import trainable_params
 from PIL import Image
 
 from reidlit import crossdataset, ics, video
@@ -323,3 +324,18 @@ def test_misuse_is_named(learn, data):
     with pytest.raises(ValueError, match='str: expected a ReidSet'): learn.evaluate('q', 'g')
     with pytest.raises(ValueError, match='give both'): learn.evaluate(gallery=data[2])
     with pytest.raises(TypeError, match='BatchSampler'): SampledLoader(learn.dls.train_ds, [[0, 1]])
+
+
+def test_checkpoints_of_one_parameter_group_go_on(data, tmp_path):
+    "Before 0.2 a learner had one group; the order of its tensors is the same."
+    def make(**changes):
+        with quiet(): learn = reid_learner(ReidLoaders(data[0], SIZE, 8, device='cpu'), 'tiny16', lr=3e-3)
+        for k, v in changes.items(): setattr(learn, k, v)
+        return learn
+    seed_all(0)
+    whole = fit(make(), 3)
+    seed_all(0)
+    with pytest.raises(KeyboardInterrupt): fit(make(splitter=trainable_params), 3, tmp_path, stop_after=1)
+    later = fit(make(), 3, tmp_path, resume=True)
+    x, y = (learn.model.state_dict() for learn in (whole, later))
+    assert all(torch.equal(x[k], y[k]) for k in x)
