@@ -138,10 +138,11 @@ class Retrieval(Callback):
         self.recorder.metric_names = ['epoch', *self.names] + \
                                      ['time']*self.recorder.add_time
         for cb in self.learn.cbs:
-            if isinstance(cb, TrackerCallback) and cb.monitor not in self.names:
+            if not isinstance(cb, TrackerCallback): continue
+            if cb.monitor not in self.names:
                 raise ValueError(f'monitor={cb.monitor!r}: expected one of {self.names}')
-            if isinstance(cb, TrackerCallback) and self.every>1: raise ValueError(
-                f'every={self.every}: what monitors epochs needs scores of each')
+            if cb.monitor!='train_loss' and self.every>1: raise ValueError(
+                f'every={self.every}: to monitor {cb.monitor} takes scores of each epoch')
 
     def after_cancel_epoch(self): # one that a resumed training skips
         if self.epoch<len(self.history): self.recorder.log[1:] = self._values(self.epoch)

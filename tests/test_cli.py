@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from command import COMMAND, run
+from command import COMMAND, run, run_alone
 from PIL import Image
 from real import REAL
 from safetensors.numpy import load_file
@@ -26,7 +26,7 @@ def train(folder, *more):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole')
-    done = run(*train(folder))
+    done = run_alone(*train(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -48,7 +48,7 @@ def test_stopped_training_resumes_to_the_same_weights(sign, whole, tmp_path):
         assert process.returncode == 130 and '--resume' in out
     again = run(*train(folder))
     assert again.returncode == 2 and 'holds a checkpoint' in again.stderr
-    more = run(*train(folder, '--resume'))
+    more = run_alone(*train(folder, '--resume'))
     assert more.returncode == 0, more.stderr
     (a, x), (b, y) = weights(whole), weights(folder)
     assert a['history'] == b['history'] and len(a['history']) == 6

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from command import COMMAND, run
+from command import COMMAND, run, run_alone
 from PIL import Image
 from real import REAL
 from safetensors.numpy import load_file
@@ -17,7 +17,7 @@ QUICK = ['--preset', 'ci', '--device', 'cpu', '--p', '4']
 METHODS = {'ics': ('stage1', 'stage2'), 'crossdataset': ('sources', 'target')}
 
 
-def said(*words):
+def said(*words, run=run):
     done = run(*words)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('method', METHODS)
 def test_killed_training_resumes_to_the_same_model(method, folder, tmp_path):
     words = ['train', method, '--data', 'folder', '--root', folder, *QUICK]
-    whole = said(*words, '--out', tmp_path/'a')
+    whole = said(*words, '--out', tmp_path/'a', run=run_alone)
     assert 'untrained: mAP' in whole and '3 cameras' in whole
     begun = subprocess.Popen([COMMAND, *map(str, words), '--out', str(tmp_path/'b')],
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -48,7 +48,7 @@ def test_killed_training_resumes_to_the_same_model(method, folder, tmp_path):
     assert first.exists() and not (tmp_path/'b'/'model.safetensors').exists(), 'killed too late'
     refused = run(*words, '--out', tmp_path/'b')
     assert refused.returncode == 2 and 'holds a checkpoint' in refused.stderr
-    said(*words, '--out', tmp_path/'b', '--resume')
+    said(*words, '--out', tmp_path/'b', '--resume', run=run_alone)
     a, b = (load_file(tmp_path/k/'model.safetensors') for k in 'ab')
     assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
     scores = [json.loads((tmp_path/k/'scores.json').read_text()) for k in 'ab']

@@ -319,7 +319,7 @@ def test_misuse_is_named(learn, data):
     with pytest.raises(ValueError, match='no classifier'):
         with quiet(): reid_learner(learn.dls, ReidModel('tiny16')).fit(1)
     with pytest.raises(ValueError, match='every=0'): reid_learner(learn.dls, every=0)
-    with pytest.raises(ValueError, match='scores of each'):
+    with pytest.raises(ValueError, match='scores of each epoch'):
         with quiet(): reid_learner(learn.dls, 'tiny16', every=2, cbs=SaveModelCallback(monitor='mAP')).fit(1)
     with pytest.raises(ValueError, match='str: expected a ReidSet'): learn.evaluate('q', 'g')
     with pytest.raises(ValueError, match='give both'): learn.evaluate(gallery=data[2])
