@@ -194,7 +194,8 @@ class EpochSeed(Callback):
 
     def before_epoch(self):
         self.number = self.first+self.epoch
-        key = 'epoch',self.number,*[rank for rank in [rank_distrib()] if rank]
+        rank = rank_distrib() # the first process draws what one alone would
+        key = ('epoch', self.number)+((rank,) if rank else ())
         seed_all(int(rng_for(self.seed, *key).integers(2**31)))
         sampler = getattr(self.dls.train, 'sampler', None)
         if sampler is not None: sampler.set_epoch(self.number)
@@ -239,10 +240,10 @@ class ReidLearner(Learner):
 
     def _do_one_batch(self):
         if self.training: return super()._do_one_batch()
-        f = self.model(*self.xb).float()
-        self.pred = F.normalize(f) if getattr(self.model, 'normalize', True) else f
+        f,model = self.model(*self.xb).float(),get_model(self.model)
+        self.pred = F.normalize(f) if getattr(model, 'normalize', True) else f
         self('after_pred')
-        head = getattr(self.model, 'classifier', None)
+        head = getattr(model, 'classifier', None)
         known = head is not None and self.yb and self.dl.dataset is self.dls.train.dataset
         self.loss = F.cross_entropy(head(f).float(), self.yb[0], reduction='none') \
             if known else f.new_full((len(f),), torch.nan)
@@ -357,8 +358,9 @@ def reid_learner(
                           dtype=fast_dtype(dls.device, model))
     if query is not None or gallery is not None: dls.score_on(query, gallery)
     model = model.to(dls.device)
-    name = (getattr(model, 'recipe', None) or {}).get('body', '')
-    if not name.startswith('tiny'): model = model.to(memory_format=torch.channels_last)
+    name = (getattr(model, 'recipe', None) or {}).get('body', 'tiny')
+    if dls.device.type=='cuda' or not name.startswith('tiny'): # quicker on CPUs too
+        model = model.to(memory_format=torch.channels_last)
     cbs = [Retrieval(every), EpochSeed(seed), *L(cbs)]
     opt_func = opt_func or (FusedAdam if dls.device.type=='cuda' else Adam)
     learn = ReidLearner(dls, model, loss or BaselineLoss(), opt_func=opt_func,

@@ -108,8 +108,8 @@ class SampledLoader(DataLoader):
         return super().__len__() if self.sampler is None else len(self.sampler)
     def get_idxs(self):
         if self.sampler is None: return super().get_idxs()
-        n,rank = dist.get_world_size() if dist.is_initialized() else 1,0
-        if n>1: rank = dist.get_rank()
+        n,rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() \
+                 else (1, 0)
         self.bs,left = divmod(self.whole, n)
         if left: raise ValueError(f'batches of {self.whole} for {n} processes: '
                                   'expected a multiple')
@@ -178,7 +178,7 @@ class ReidLoaders(TrainLoaders):
         num_workers:int=0, # Processes that read pictures from files
         query:ReidSet|None=None, # Searches to validate on
         gallery:ReidSet|None=None, # What they search
-        room:float|None=None, # Bytes of pictures in memory; `None`: `free_room`
+        room:float|None=None, # Bytes of pictures in memory: see `ReidDataset`
         path='.' # Where fastai saves
     ):
         device = default_device(device)

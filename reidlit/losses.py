@@ -37,8 +37,8 @@ def triplet_masks(
 )->tuple: # Positive pairs `(N,N)`, negative pairs `(N,N)`, valid anchors `(N,)`
     "Who may be compared with whom; row `i` belongs to anchor `i`."
     n,same = len(pids),pids[:, None]==pids[None]
-    if not same.is_cuda and same.all(): raise ValueError( # no wait for a GPU
-       
+    # a training step does not wait for a check on a GPU
+    if not same.is_cuda and same.all(): raise ValueError(
         f'{n} pids of one identity: a triplet needs two')
     pos,neg = same & ~torch.eye(n, dtype=torch.bool, device=pids.device),~same
     for name,m in (('positives', positives), ('negatives', negatives)):

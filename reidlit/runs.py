@@ -103,9 +103,8 @@ def load_checkpoint(
     was,were = state['settings'],state.get('planned')
     differ = [] if settings is None else sorted(
         k for k in {*settings, *was} if settings.get(k)!=was.get(k))
-    longer = None not in (planned, were) and planned!=were
-    if longer and not differ: differ = ['epochs']
-    if longer and grow and planned>were and differ==['epochs']: differ = []
+    if not differ and planned and were and planned!=were: differ = ['epochs']
+    if differ==['epochs'] and grow and planned and were and planned>were: differ = []
     plan = '' if 'epochs' not in differ or grow else \
         ' (its learning rate is planned over all epochs)'
     if differ: raise DataError(Path(folder)/'checkpoint.json',

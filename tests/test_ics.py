@@ -1,6 +1,5 @@
 "The two stages of intra-camera supervision, on a tiny world: labels, losses, resuming."
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from reidlit.ics.association import Association
 from reidlit.camera_labels import accumulate_ids
 from reidlit.core import DataError, rng_for
 from reidlit.data.world import World
-from reidlit.ics import (BY_PRESET, PUBLISHED, VARIANTS, CameraMemory, IcsLoss, IcsModel, UpdateMemory, associate,
+from reidlit.ics import (BY_PRESET, PUBLISHED, VARIANTS, CameraMemory, IcsLoss, IcsModel, associate,
                          fit_ics, fit_stage, ics_learner, ics_settings, identity_centroids,
                          join_identities, quintuplet_loss, step_decay)
 from reidlit.learner import extract_features, quiet

@@ -49,15 +49,15 @@ def split_cell(source):
     return marks, source[head.end():]
 
 
-def is_skipped(cell, flags=SKIPPED): return bool(flags & set(split_cell(cell.source)[0]))
+def is_skipped(cell): return bool(SKIPPED & set(split_cell(cell.source)[0]))
 
 
-def run_nb(path, flags=SKIPPED, save=True):
-    "Execute one notebook with a real kernel; returns the number of cells run."
+def run_nb(path):
+    "Execute one notebook in place with a real kernel; returns the number of cells run."
     nb = nbformat.read(path, 4)
     code = [c for c in nb.cells if c.cell_type == 'code' and c.source.strip()]
     for c in code:
-        if is_skipped(c, flags): c.metadata['tags'] = ['skip-execution']
+        if is_skipped(c): c.metadata['tags'] = ['skip-execution']
     client = NotebookClient(nb, timeout=900, kernel_name='python3',
                             resources=dict(metadata=dict(path=str(path.parent))))
     client.execute()
@@ -67,7 +67,7 @@ def run_nb(path, flags=SKIPPED, save=True):
         c.outputs = merged(c.outputs)
         for o in c.outputs:
             if 'image/png' in o.get('data', {}): o.data['image/png'] = smaller(o.data['image/png'])
-    if save: nbformat.write(nb, path)
+    nbformat.write(nb, path)
     return ran
 
 

@@ -194,8 +194,6 @@ def step_decay(
 def _network(s, v, cameras, device):
     "The network of a variant, its memory empty."
     body = load_backbone(s['backbone'], s['weights'])
-    large = not s['backbone'].startswith('tiny')
-    if large: body = body.to(memory_format=torch.channels_last) # faster on CPUs too
     dtype = fast_dtype(device, s['backbone']) if device.type=='cuda' else None
     if v['classifier']=='softmax':
         return IcsModel(body, n_classes=len(cameras), dtype=dtype)

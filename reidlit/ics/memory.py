@@ -92,6 +92,7 @@ def similarities(self:CameraMemory,
         f,k,c = _rows(self, f),self.centroids,self.cameras
         if labels is None or self.across or f.is_cuda or (c.diff()<0).any():
             return f@k.T
+        check_ids(labels, c)
         own,out = c[labels],f.new_full((len(f), len(k)), -torch.inf)
         for a in own.unique(): # on a CPU less work is quicker than one product
             i,(x,y) = own==a,torch.searchsorted(c, torch.stack([a, a+1])).tolist()
@@ -121,9 +122,7 @@ def loss(self:CameraMemory,
     sim:torch.Tensor|None=None # `similarities(f)`, if known already `(B,n)`
 )->torch.Tensor: # Scalar, float32 also under autocast
     "Eq. 3; with `across` a plain mean; `ValueError` names a label at fault."
-    if sim is None:
-        check_ids(labels, self.cameras, camids)
-        sim = self.similarities(f, labels)
+    sim = self.similarities(f, labels) if sim is None else sim
     check_shapes(sim=(sim, f'{len(f)} {len(self.cameras)}'))
     logits = sim/self.temperature
     if not self.across:
