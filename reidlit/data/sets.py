@@ -7,9 +7,10 @@ __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_o
            'open_crops', 'number_alike', 'CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
            'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK',
            'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
-           'finish', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17', 'multiviewx',
-           'pets2009', 'read_json', 'read_mat', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack',
-           'wildtrack_cameras', 'write_cityflow', 'write_coco', 'write_multiviewx']
+           'finish', 'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17',
+           'multiviewx', 'pets2009', 'prid2011', 'read_json', 'read_mat', 'read_names', 'read_xml', 'trial_mask',
+           'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco', 'write_ilids_vid',
+           'write_multiviewx', 'write_prid2011']
 
 # %% ../../nbs/05f_data.sets.ipynb #5bc8fbbc
 import re
@@ -29,6 +30,8 @@ from reidlit.data.readers.mars import (MARS,MARS_DIRS,MARS_INFO,mars,mars_rows,
 from .readers.msmt17 import msmt17
 from .readers.multiviewx import multiviewx,write_multiviewx
 from .readers.pets2009 import MultiviewDetections,pets2009
+from reidlit.data.readers.prid import (ilids_vid,prid2011,write_ilids_vid,
+    write_prid2011)
 from .readers.viper import dukemtmc,trial_mask,viper,ward
 from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
     Grid,Rig,clip_box,read_json,read_xml,wildtrack,wildtrack_cameras)
@@ -39,22 +42,24 @@ _all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS',
     'MARS_DIRS', 'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig',
     'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK', 'check_layout', 'cityflow',
     'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
-    'finish', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows',
-    'msmt17', 'multiviewx', 'pets2009', 'read_json', 'read_mat', 'read_names',
-    'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
-    'write_cityflow', 'write_coco', 'write_multiviewx']
+    'finish', 'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars',
+    'mars_rows', 'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'read_json',
+    'read_mat', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward',
+    'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
+    'write_ilids_vid', 'write_multiviewx', 'write_prid2011']
 
 # %% ../../nbs/05f_data.sets.ipynb #bd69fe29
 READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
     cuhk03=cuhk03, viper=viper, ward=ward,
-    msmt17=msmt17)
+    msmt17=msmt17, prid2011=prid2011, ilids_vid=ilids_vid)
 FRAME_READERS = dict(wildtrack=(wildtrack, 'people'),
     multiviewx=(multiviewx, 'people'),
     cityflow=(cityflow, 'vehicles'))
 WRITERS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
     wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx,
-    cityflow=write_cityflow)
-TRACKLETS = ('mars',) # scored by tracklets, not by pictures
+    cityflow=write_cityflow, prid2011=write_prid2011,
+    ilids_vid=write_ilids_vid)
+TRACKLETS = ('mars', 'prid2011', 'ilids_vid') # scored by tracklets, not by pictures
 
 # %% ../../nbs/05f_data.sets.ipynb #f1578a50
 def hold_out(
