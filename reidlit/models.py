@@ -142,10 +142,13 @@ class ReidModel(nn.Module):
         made = getattr(self.body, 'made', None)
         return made and dict(made, model=self.kind, **self._made)
 
-    def forward(self, x):
+    def maps(self, x):
+        "The backbone's feature maps `(N,D,h,w)`, in its arithmetic."
         with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
-            maps = self.body(x)
-        pooled = self.pool(maps) # in 32 bits again
+            return self.body(x)
+
+    def forward(self, x):
+        pooled = self.pool(self.maps(x)) # in 32 bits again
         embedding = self.neck(pooled)
         if not self.training: return embedding
         logits = self.classifier(embedding) if self.classifier else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'make_settings', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'Checkpoints', 'StopAfter',
-           'check_folder', 'fit', 'build_model', 'save_model', 'load_model', 'shipped']
+           'check_folder', 'fit', 'step_decay', 'build_model', 'save_model', 'load_model', 'shipped']
 
 # %% ../nbs/12a_runs.ipynb #248174e5
 import importlib,json
@@ -195,6 +195,21 @@ def fit(
                                               pct_start=pct_start)
         else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
     return learn
+
+# %% ../nbs/12a_runs.ipynb #2cc29af4
+def step_decay(
+    lr:float, # First and highest
+    length:int, # Of the training, in epochs or in steps
+    milestones, # When the rate falls, in the same unit
+    gamma:float=.1, # To this part
+    warmup:int=0 # Until when it grows from a hundredth
+)->dict: # For `fit`'s `sched`
+    "A learning rate that falls in steps."
+    def rate(pos): # `pos` is the part of the training that is done
+        done = pos*length
+        grown = 1. if done>=warmup else .01+.99*done/warmup
+        return lr*grown*gamma**sum(done>=m-1e-9 for m in milestones)
+    return dict(lr=rate)
 
 # %% ../nbs/12a_runs.ipynb #fa60dbd6
 def build_model(

@@ -151,9 +151,7 @@ class VideoReid(ReidModel):
         x = x[:, None] if x.ndim==4 else x
         check_shapes(clips=(x, 'N T 3 H W'))
         n,t = x.shape[:2]
-        with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
-            maps = self.body(x.flatten(0, 1))
-        f = self.pool(maps).unflatten(0, (n, t))
+        f = self.pool(self.maps(x.flatten(0, 1))).unflatten(0, (n, t))
         if self.attention is not None: return self.attention(f, mask)
         w = frame_weights(f.new_zeros(n, t), mask)
         return w,(w[..., None]*f).sum(1)

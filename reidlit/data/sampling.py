@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BatchSampler', 'deal', 'arrange', 'PKSampler', 'camera_shares', 'CameraPKSampler', 'pick_frames', 'tracklet_rows',
-           'TrackletSampler']
+           'TrackletSampler', 'CameraSampler']
 
 # %% ../../nbs/05_data.sampling.ipynb #c54a518a
 import numpy as np
@@ -225,6 +225,11 @@ def tracklet_rows(
     return ids,np.split(order, np.searchsorted(tids[order], ids[1:]))
 
 # %% ../../nbs/05_data.sampling.ipynb #682fa999
+def _pick(clips, tracks, n, rng):
+    "Rows `(..., n)` of frames of the tracklets with these numbers."
+    rows = [clips[t][pick_frames(len(clips[t]), n, rng)] for t in tracks.ravel()]
+    return np.array(rows).reshape(*tracks.shape, n)
+
 class TrackletSampler(PKSampler):
     "PK batches of tracklets, yielded as `(p*k, n)` rows."
     def __init__(self,
@@ -249,8 +254,39 @@ class TrackletSampler(PKSampler):
         epoch:int # From 0
     )->np.ndarray: # Rows `(batches, p, k, n)`
         "The clips of one epoch, the same whenever it is asked."
-        tracks = PKSampler.plan(self, epoch)
         rng = rng_for(self.seed, 'clips', epoch)
-        pick = lambda r: r[pick_frames(len(r), self.n, rng)]
-        clips = np.array([pick(self.clips[t]) for t in tracks.ravel()])
-        return clips.reshape(*tracks.shape, self.n)
+        return _pick(self.clips, PKSampler.plan(self, epoch), self.n, rng)
+
+# %% ../../nbs/05_data.sampling.ipynb #62c3c451
+class CameraSampler(BatchSampler):
+    "Batches of `k` tracklets of every camera, yielded as `(C*k, n)` rows."
+    def __init__(self,
+        camids, # Cameras `(N,)`, a row per picture
+        tids=None, # Tracklets `(N,)`, each of one camera; `None`: single pictures
+        k:int=16, # Tracklets of each camera in a batch
+        n:int=1, # Frames of each
+        frames=None, # Frame numbers `(N,)`; `None` keeps the order of rows
+        seed:int=0 # Another seed, another order
+    ):
+        super().__init__(seed)
+        if camids is None or not len(camids) or min(k, n)<1: raise ValueError(
+            f'camids={camids}, k={k}, n={n}: expected cameras, and 1 or more')
+        camids,self.k,self.n = np.asarray(camids),k,n
+        tids = np.arange(len(camids)) if tids is None else tids
+        ids,self.clips = tracklet_rows(tids, frames)
+        for t,r in zip(ids, self.clips):
+            if len(set(camids[r]))>1: raise ValueError(
+                f'tracklet {t} is in cameras {np.unique(camids[r])}')
+        own = np.array([camids[r[0]] for r in self.clips])
+        self.tracks = [np.flatnonzero(own==c) for c in np.unique(own)]
+        self.size,self.batches = len(camids),-(-max(map(len, self.tracks))//k)
+
+    def __len__(self): return self.batches
+
+    def plan(self,
+        epoch:int # From 0
+    )->np.ndarray: # Rows `(batches, C, k, n)`
+        "The clips of one epoch, the same whenever it is asked."
+        rng = rng_for(self.seed, 'cameras', epoch)
+        hands = [deal(t, [self.k]*self.batches, rng) for t in self.tracks]
+        return _pick(self.clips, np.array(hands).swapaxes(0, 1), self.n, rng)

@@ -6,8 +6,9 @@
 __all__ = ['STEP', 'LAYOUTS', 'route', 'lens', 'World', 'Places', 'cylinder_boxes', 'Boxes']
 
 # %% ../../nbs/03a_data.world.ipynb #2447ac5c
-from dataclasses import dataclass,fields
+from dataclasses import dataclass,fields,replace
 import cv2,numpy as np
+from matplotlib.colors import hsv_to_rgb
 from fastcore.basics import patch
 from ..core import ReidSet,rng_for
 from .drawing import (BLOCK, KINDS, backdrop, dress_all, inside,
@@ -134,14 +135,16 @@ def _way(layout, rooms, s, r):
 # %% ../../nbs/03a_data.world.ipynb #3ca8caa5
 def lens(
     rng:np.random.Generator, # The camera's own stream
-    style:float # How far from neutral, 0 to 3
+    style:float, # How far its colours are from neutral, 0 to 3
+    additive:float|None=None # Of blur and noise, 0 to 3; `None`: as `style`
 )->tuple: # Table `(256,3)` uint8, blur in pixels, noise in grey levels
     "How one camera delivers red, green and blue."
     gain = np.exp(style*(rng.normal(0, .12) + rng.normal(0, .075, 3)))
     gamma,haze = np.exp(style*rng.normal(0, .2)),style*rng.uniform(0, 18)
     x = np.arange(256)[:, None]/255
     y = haze + (255-haze)*x**gamma*gain
-    blur,noise = style*rng.uniform(0, .9),style*rng.uniform(1.5, 6)
+    a = style if additive is None else additive
+    blur,noise = a*rng.uniform(0, .9),a*rng.uniform(1.5, 6)
     return y.round().clip(0, 255).astype(np.uint8),blur,noise
 
 # %% ../../nbs/03a_data.world.ipynb #760b919f
@@ -167,21 +170,34 @@ class World:
         style:float=1., # Difference of the cameras' colours, 0 (none) to 3
         similarity:float=.6, # Of clothes, 0 (all colours) to 1 (mostly dark)
         crowd:int|None=None, # How many are about at once; `None`: 20, or all
-        size:tuple=(480, 270) # Width and height of a frame in pixels, from 64
+        size:tuple=(480, 270), # Width and height of a frame in pixels, from 64
+        additive:float|None=None # Of what is beside the people, 0 to 3: bright
+            # rooms, loose boxes, blur, noise; `None`: blur, noise as `style`
     ):
         _one_of('layout', layout, LAYOUTS); _one_of('kind', kind, KINDS)
         if crowd is None: crowd = min(20, people)
         for name,value,lo,hi in (('people', people, 10, 100_000),
             ('cameras', cameras, 1, 40), ('style', style, 0, 3),
             ('similarity', similarity, 0, 1), ('size', min(size), 64, 8192),
+            ('additive', additive or 0, 0, 3),
             ('crowd', crowd, 1, min(people, 200))): _within(name, value, lo, hi)
         self.people,self.seed,self.layout,self.kind = people,seed,layout,kind
         self.style,self.similarity,self.crowd = style,similarity,crowd
+        self.additive = additive
         self.size,self.scale = tuple(size),3.2 if kind=='vehicles' else 1.
         if kind=='vehicles': self._least = .07
         self._build(cameras); self._schedule(); self._kept = {}
 
 # %% ../../nbs/03a_data.world.ipynb #b06c42b4
+def _repaint(room, i, share, r):
+    "The room with floor and walls in strong colours of its own."
+    hue = i*.618 + r.uniform(0, .08) + np.array([0, .35, .45, .55, .7])
+    strong = 255*hsv_to_rgb(np.c_[hue % 1, np.full(5, .6), r.uniform(.35, .95, 5)])
+    share = min(1, .8*share)
+    mix = lambda old,new: (1-share)*old + share*new
+    return replace(room, floor=mix(room.floor, strong[0]),
+                   walls=mix(room.walls, strong[1:]))
+
 @patch
 def _build(self:World, n):
     "Looks, splits, rooms, cameras, things, lenses."
@@ -189,7 +205,9 @@ def _build(self:World, n):
     s,r = self.scale,stream('cameras')
     look = lambda a,b: Camera.look_at(np.multiply(a, s), np.multiply(b, s),
                                       self.size, fov=r.uniform(62, 80))
-    room = lambda rect,doors,i: make_room(rect, doors, s, self.seed, i)
+    def room(rect, doors, i):
+        own = make_room(rect, doors, s, self.seed, i)
+        return _repaint(own, i, self.additive or 0, stream('paint', i))
     self.rooms,self.cameras = zip(*LAYOUTS[self.layout](n, r, look, room))
     self._things = _furnish(self.layout, self.rooms, self.cameras, s,
                             stream('things'))
@@ -200,7 +218,7 @@ def _build(self:World, n):
     cut = np.split(order, [round(.5*self.people), round(.65*self.people)])
     self.split = {k:np.sort(p).astype(np.int64)
                   for k,p in zip(('train', 'val', 'test'), cut)}
-    self._lens = [lens(stream('lens', c), self.style) for c in range(n)]
+    self._lens = [lens(stream('lens', c), self.style, self.additive) for c in range(n)]
     a = stream('light').uniform(0, 2*np.pi)
     light = np.array([.55*np.cos(a), .55*np.sin(a), .85])
     self.light = light/np.linalg.norm(light)
@@ -472,7 +490,10 @@ def _detect(self:World, box, *key):
     "A box as a detector might place it: a little too large, never exact."
     w,h = box[2:]-box[:2]
     j = rng_for(self.seed, 'detector', *key).normal(0, .03, 4).clip(-.07, .07)
-    b = box + np.array([-w, -h, w, h])*(j*[1, .7, 1, .7] + [.04, .02, .04, .02])
+    a = self.additive or 0 # boxes of a camera are loose in its own way
+    loose = a*rng_for(self.seed, 'loose', key[1]).uniform(0, .7, 4)*[1, .4, 1, .4]
+    j = (1+2*a)*j*[1, .7, 1, .7] + [.04, .02, .04, .02] + loose
+    b = box + np.array([-w, -h, w, h])*j
     return np.r_[b[:2].clip(0), np.minimum(b[2:], self.size)]
 
 @patch

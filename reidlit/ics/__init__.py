@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'BY_PRESET', 'PUBLISHED', 'ics_settings', 'UnitEmbedding', 'IcsOutput', 'IcsModel', 'IcsLoss',
-           'UpdateMemory', 'step_decay', 'ics_learner', 'fit_stage', 'identity_centroids', 'join_identities', 'IcsFit',
-           'fit_ics', 'Association', 'CameraIds', 'CameraMemory', 'accumulate_ids', 'associate', 'camera_cross_entropy',
-           'quintuplet_loss']
+           'UpdateMemory', 'ics_learner', 'fit_stage', 'identity_centroids', 'join_identities', 'IcsFit', 'fit_ics',
+           'Association', 'CameraIds', 'CameraMemory', 'accumulate_ids', 'associate', 'camera_cross_entropy',
+           'quintuplet_loss', 'step_decay']
 
 # %% ../../nbs/32_ics.ipynb #133c3cff
 from dataclasses import dataclass,replace
@@ -26,11 +26,12 @@ from ..losses import batch_hard_triplet
 from .memory import CameraMemory
 from ..models import ReidModel,load_backbone
 from .quintuplet import quintuplet_loss
-from ..runs import check_folder,fit,make_settings
+from ..runs import check_folder,fit,make_settings,step_decay
 
 # %% ../../nbs/32_ics.ipynb #ed2ef1c1
 _all_ = ['Association', 'CameraIds', 'CameraMemory', 'accumulate_ids', 'associate',
-         'camera_cross_entropy', 'quintuplet_loss']
+         'camera_cross_entropy', 'quintuplet_loss',
+         'step_decay']
 
 __getattr__ = moved_names(__name__, SETTINGS='ics.BY_PRESET', PAPER='ics.PUBLISHED')
 
@@ -174,21 +175,6 @@ class UpdateMemory(Callback):
     def before_step(self):
         "Mix the batch, of all processes together, into the memory."
         self.memory.update(self.pred.unit.detach(), self.yb[0], self.most)
-
-# %% ../../nbs/32_ics.ipynb #2cc29af4
-def step_decay(
-    lr:float, # First and highest
-    epochs:int, # In all
-    milestones, # Epochs after which the rate falls
-    gamma:float=.1, # To this part
-    warmup:int=0 # Epochs in which it grows from a hundredth
-)->dict: # For `fit`'s `sched`
-    "A learning rate that falls in steps (section 4.1)."
-    def rate(pos): # `pos` is the part of the training that is done
-        done = pos*epochs
-        grown = 1. if done>=warmup else .01+.99*done/warmup
-        return lr*grown*gamma**sum(done>=m-1e-9 for m in milestones)
-    return dict(lr=rate)
 
 # %% ../../nbs/32_ics.ipynb #c8a38ab4
 def _network(s, v, cameras, device):
