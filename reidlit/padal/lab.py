@@ -7,7 +7,7 @@ __all__ = ['WORLD', 'ARMS', 'STANDARDISED', 'GAP', 'REAL_ARMS', 'REAL_CLAIMS', '
            'padal_world', 'lab_data', 'lab_scores', 'table2', 'core', 'real_core', 'part_gaps', 'figures', 'map_stages',
            'fragment_identities', 'fragments', 'styles', 'two_cameras', 'step_cost', 'cost', 'train', 'settings']
 
-# %% ../../nbs/43_padal.lab.ipynb #088adb3d
+# %% ../../nbs/43_padal.lab.ipynb #521ea5d9
 import time,torch
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ from ..report import bars
 from ..tracklets import pool_tracklets
 from ..viz import embed_2d,plot_embedding
 
-# %% ../../nbs/43_padal.lab.ipynb #a05ed64f
+# %% ../../nbs/43_padal.lab.ipynb #025b77e6
 WORLD = dict(people=140, cameras=6, layout='disjoint', style=.2, additive=1.,
              similarity=.4, crowd=50)
 
@@ -40,7 +40,7 @@ def padal_world(
     small = dict(people=40, crowd=20) if (preset or active_preset())=='ci' else {}
     return World(**WORLD | small | changes, seed=seed)
 
-# %% ../../nbs/43_padal.lab.ipynb #a04cd5ed
+# %% ../../nbs/43_padal.lab.ipynb #f4058b89
 def lab_data(
     run:Run, # Its seed and preset
     **changes # Of `WORLD`
@@ -51,7 +51,15 @@ def lab_data(
                      for k in ('train', 'test'))
     return train,SimpleNamespace(query=gallery[gallery.tids % 2==0], gallery=gallery)
 
-# %% ../../nbs/43_padal.lab.ipynb #d909e5e4
+# %% ../../nbs/43_padal.lab.ipynb #ee85f831
+def _share_of_cameras(f, camids):
+    "Share of the features' variance that the cameras' means explain."
+    f = f-f.mean(0)
+    means = group_means(f, np.unique(camids, return_inverse=True)[1])
+    n = torch.as_tensor(np.unique(camids, return_counts=True)[1])
+    return float((n[:, None]*means**2).sum()/(f**2).sum())
+
+# %% ../../nbs/43_padal.lab.ipynb #5aafb02b
 def _described(model, items, size):
     "Features, people, cameras, junk, distractors of tracklets, or of pictures."
     f = extract_features(model, items, size)
@@ -75,7 +83,7 @@ def lab_scores(
     return dict(mAP=s.mAP, rank1=s.cmc[0], probe=probe.balanced,
                 share=_share_of_cameras(torch.as_tensor(f[known]), both[2][known]))
 
-# %% ../../nbs/43_padal.lab.ipynb #3bc96a81
+# %% ../../nbs/43_padal.lab.ipynb #628b3c23
 ARMS = { # Table 2 and a control: a variant, changes of the settings
     'L_id':('id', {}), 'L_id + L_a':('a', {}), 'L_id + L_m':('m', {}),
     'L_id + L_mp, K=1':('mp', dict(parts=1)), 'L_id + L_mp, K=3':('mp', dict(parts=3)),
@@ -102,7 +110,7 @@ def table2(
         for other in plain: run.arm(other, lambda: lab_scores(
             model, target, s['size'], True))
 
-# %% ../../nbs/43_padal.lab.ipynb #e349adce
+# %% ../../nbs/43_padal.lab.ipynb #446212da
 def core(
     run:Run # Filled with Table 2 and its controls
 ):
@@ -125,7 +133,7 @@ def real_core(
     with quiet(): table2(run, train, target, s, REAL_ARMS)
     run.add({GAP:dict(probe=.4)})
 
-# %% ../../nbs/43_padal.lab.ipynb #103dae72
+# %% ../../nbs/43_padal.lab.ipynb #0376f9ea
 REAL_CLAIMS = (Claim('L_id', GAP, 'probe'), Claim('L_id + L_m', 'L_id'),
     Claim('L_id + L_mp, K=3', 'L_id'), Claim('L_id + L_mp, K=3', 'L_id + L_m'),
     Claim('L_id + L_m', 'L_id + L_m, shuffled'), Claim('L_id + L_m', STANDARDISED),
@@ -134,14 +142,7 @@ CLAIMS = (*REAL_CLAIMS, Claim('L_id + L_mp, K=3', 'L_id + L_mp, K=1'),
     Claim('L_id + L_a', 'L_id + L_m'), Claim('L_id + L_a', 'L_id + L_mp, K=3'),
     Claim('L_id + L_mp, K=3', 'L_id + L_mp, strict'))
 
-# %% ../../nbs/43_padal.lab.ipynb #c0e92ef1
-def _share_of_cameras(f, camids):
-    "Share of the features' variance that the cameras' means explain."
-    f = f-f.mean(0)
-    means = group_means(f, np.unique(camids, return_inverse=True)[1])
-    n = torch.as_tensor(np.unique(camids, return_counts=True)[1])
-    return float((n[:, None]*means**2).sum()/(f**2).sum())
-
+# %% ../../nbs/43_padal.lab.ipynb #4c55a704
 @torch.no_grad()
 def part_gaps(
     model, # A `ReidModel`
@@ -165,7 +166,7 @@ def part_gaps(
                          share=_share_of_cameras(f, camids))
     return out
 
-# %% ../../nbs/43_padal.lab.ipynb #b129efb6
+# %% ../../nbs/43_padal.lab.ipynb #c4ebcede
 SWEEP = {'L_id':('id', {})} | { # Figure 8 and Table 3
     f'K={k}':('mp', dict(parts=k)) for k in range(1, 6)} | {
     f'K={k}, strict':('mp', dict(parts=k, division='strict')) for k in range(2, 6)} | {
@@ -185,7 +186,7 @@ def figures(
     gaps = part_gaps(model, target.gallery, tuple(s['size']))
     run.add({f'gap: {k}':v for k,v in gaps.items()})
 
-# %% ../../nbs/43_padal.lab.ipynb #dd64c69a
+# %% ../../nbs/43_padal.lab.ipynb #c05500b2
 def map_stages(
     models:dict, # Names to networks
     items:ReidSet, # Tracklets of some people
@@ -206,7 +207,7 @@ def map_stages(
             if ax.get_legend(): ax.get_legend().remove()
     return fig
 
-# %% ../../nbs/43_padal.lab.ipynb #fbbc1825
+# %% ../../nbs/43_padal.lab.ipynb #7f7604bd
 def fragment_identities(
     items:ReidSet, # With pids, camids and tids
     share:float, # Of the people of each camera, 0 to 1
@@ -241,7 +242,7 @@ def fragments(
     run.add({f'{a} keeps':{'mAP':v[f'{a}, {FRAGMENTS[-1]} %']['mAP']-v[f'{a}, 0 %']['mAP']}
              for a in arms})
 
-# %% ../../nbs/43_padal.lab.ipynb #9cec2601
+# %% ../../nbs/43_padal.lab.ipynb #4cb31347
 STYLES = {'nothing':(0., 0.), 'beside people, .5':(.5, 0.), 'beside people, 1':(1., 0.),
           'colours, 1':(0., 1.), 'colours, 2':(0., 2.)} # additive, style
 
@@ -256,7 +257,7 @@ def styles(
             data = lab_data(run, additive=additive, style=style)
             table2(run, *data, s, arms, f', {name}')
 
-# %% ../../nbs/43_padal.lab.ipynb #e4decd72
+# %% ../../nbs/43_padal.lab.ipynb #91edaed6
 def two_cameras(
     run:Run # Filled with L_id and L_mp for two cameras
 ):
@@ -267,7 +268,7 @@ def two_cameras(
     arms = {'L_id':('id', {}), 'PADAL':('mp', dict(parts=3))}
     with quiet(): table2(run, train, SimpleNamespace(query=q, gallery=g), s, arms)
 
-# %% ../../nbs/43_padal.lab.ipynb #8ff9ed92
+# %% ../../nbs/43_padal.lab.ipynb #72a48d40
 def step_cost(
     cameras:int, # How many
     variant:str, # A name of `VARIANTS`, not `'id'`
@@ -303,7 +304,7 @@ def cost(
         for name in ('a', 'm', 'mp'): run.arm(f'L_{name}, {n} cameras', lambda: step_cost(
             n, name, device=run.device))
 
-# %% ../../nbs/43_padal.lab.ipynb #981696ee
+# %% ../../nbs/43_padal.lab.ipynb #812bc935
 def train(
     run:Run, # Has settings (`variant` among them), device, folder
     d # With train, query and gallery, from `open_data`
@@ -326,7 +327,7 @@ def settings(
         f'variant {variant!r}: expected one of {tuple(VARIANTS)}')
     return padal_settings(kind, preset, **changes) | dict(variant=variant)
 
-# %% ../../nbs/43_padal.lab.ipynb #7ae61ece
+# %% ../../nbs/43_padal.lab.ipynb #4990244e
 PAPER = Paper('padal', 'Cameras as domains',
     'Kim et al.: people are labelled in each camera; a discriminator guesses the camera '
     'from the features, and its gradient is reversed. L_a has a discriminator a pair of '
