@@ -212,7 +212,7 @@ def _sources(method, words):
 
 @command('train', 'method')
 def train_command(
-    method:str, # baseline, crossdataset or ics
+    method:str, # baseline, crossdataset, ics or padal
     data:str='world', # world, folder, or the name of a set: reidlit doctor lists them
     root:Path|None=None, # Folder of a real set
     source:list[str]|None=None, # NAME=FOLDER, a labelled set to start from; repeat it
@@ -224,7 +224,7 @@ def train_command(
     backbone:str|None=None, # tiny, resnet50, mobilenet_v2, ...
     weights:str|None=None, # pip, hub, none or a file
     p:int|None=None, # Identities a batch
-    variant:str|None=None, # Of ics: M1 to M8
+    variant:str|None=None, # Of ics: M1 to M8; of padal: id, a, m, mp, ap
     set_:list[str]|None=None, # NAME=VALUE, any other setting; can be repeated
     seed:int=0, # Of networks, batches and the world
     people:int=200, # Of the world
@@ -294,7 +294,7 @@ def search_folder(
 # %% ../nbs/80_cli.ipynb #b2c65b7c
 @command('reproduce', 'paper')
 def reproduce_command(
-    paper:str, # baseline, crossdataset, ics or mcssl
+    paper:str, # baseline, crossdataset, ics, mcssl or padal
     what:str='core', # Or another of its experiments: figures, sweeps, ...
     data:str='world', # Or the name of a real set
     root:Path|None=None, # Folder of a real set

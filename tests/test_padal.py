@@ -286,7 +286,7 @@ def test_train_and_resume_by_command(tmp_path):
              '--set', 'size=(32, 16)', '--out', tmp_path/'run', '--device', 'cpu']
     done = run(*words)
     assert done.returncode == 0 and 'mAP' in done.stdout, done.stderr
-    assert run(*words).returncode == 1 # holds a run
+    assert run(*words).returncode == 2 # holds a run
     assert run('eval', tmp_path/'run').returncode == 0
     for variant in ('m', 'x'):
         done = run(*words[:-4], '--out', tmp_path/variant, '--variant', variant, '--epochs', '1')

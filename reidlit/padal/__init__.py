@@ -109,10 +109,12 @@ class PadalModel(ReidModel):
         "Guesses and masks of the discriminator, its gradients reversed."
         d = self.discriminator
         if d is None: return None,None
-        if self.level=='mean': return d(self.reversal(pooled)),None
-        if self.over=='time': maps = _over_time(maps, self.frames)
-        masks = part_masks(maps, d.parts, self.division)
-        return d(self.reversal(maps), masks),masks
+        x,masks = pooled,None
+        if self.level=='map':
+            x = _over_time(maps, self.frames) if self.over=='time' else maps
+            masks = part_masks(x, d.parts, self.division)
+        with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
+            return d(self.reversal(x), masks),masks
 
 def _over_time(x, n):
     "Means of n rows each."
