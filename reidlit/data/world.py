@@ -192,12 +192,14 @@ class World:
 def _repaint(room, i, share, r):
     "The room with floor and walls in strong colours of its own."
     hue = i*.618 + r.uniform(0, .08) + np.array([0, .35, .45, .55, .7])
-    strong = 255*hsv_to_rgb(np.c_[hue % 1, np.full(5, .6), r.uniform(.35, .95, 5)])
+    bright = r.uniform(.35, .95, 5)
+    strong = 255*hsv_to_rgb(np.c_[hue % 1, np.full(5, .6), bright])
     share = min(1, .8*share)
     mix = lambda old,new: (1-share)*old + share*new
     return replace(room, floor=mix(room.floor, strong[0]),
                    walls=mix(room.walls, strong[1:]))
 
+# %% ../../nbs/03a_data.world.ipynb #c38e60d4
 @patch
 def _build(self:World, n):
     "Looks, splits, rooms, cameras, things, lenses."
@@ -218,11 +220,13 @@ def _build(self:World, n):
     cut = np.split(order, [round(.5*self.people), round(.65*self.people)])
     self.split = {k:np.sort(p).astype(np.int64)
                   for k,p in zip(('train', 'val', 'test'), cut)}
-    self._lens = [lens(stream('lens', c), self.style, self.additive) for c in range(n)]
+    self._lens = [lens(stream('lens', c), self.style, self.additive)
+                  for c in range(n)]
     a = stream('light').uniform(0, 2*np.pi)
     light = np.array([.55*np.cos(a), .55*np.sin(a), .85])
     self.light = light/np.linalg.norm(light)
 
+# %% ../../nbs/03a_data.world.ipynb #e60a41f7
 @patch
 def _schedule(self:World):
     "Everybody's way, and when: one after another in `crowd` rows."
@@ -491,7 +495,8 @@ def _detect(self:World, box, *key):
     w,h = box[2:]-box[:2]
     j = rng_for(self.seed, 'detector', *key).normal(0, .03, 4).clip(-.07, .07)
     a = self.additive or 0 # boxes of a camera are loose in its own way
-    loose = a*rng_for(self.seed, 'loose', key[1]).uniform(0, .7, 4)*[1, .4, 1, .4]
+    loose = rng_for(self.seed, 'loose', key[1]).uniform(0, .7, 4)
+    loose = a*loose*[1, .4, 1, .4]
     j = (1+2*a)*j*[1, .7, 1, .7] + [.04, .02, .04, .02] + loose
     b = box + np.array([-w, -h, w, h])*j
     return np.r_[b[:2].clip(0), np.minimum(b[2:], self.size)]

@@ -11,6 +11,8 @@ __all__ = ['VARIANTS', 'BY_PRESET', 'PUBLISHED', 'padal_settings', 'PadalOutput'
 from dataclasses import replace
 from typing import NamedTuple
 import torch,torch.nn as nn
+from fastai.callback.schedule import combined_cos
+from fastcore.basics import patch
 from ..camera_labels import accumulate_ids,camera_cross_entropy
 from ..core import ReidSet,default_device,seed_all
 from ..data.augment import Augment
@@ -19,15 +21,16 @@ from ..learner import ReidLearner,ReidLoaders,fast_dtype,reid_learner
 from ..models import ReidModel,load_backbone
 from .discriminators import CameraDiscriminator,camera_sets
 from .parts import kmeans,part_features,part_masks
-from .reversal import GradientReversal,GrowReversal,reversal_strength
-from fastai.callback.schedule import combined_cos
+from reidlit.padal.reversal import (GradientReversal, GrowReversal,
+    reversal_strength)
 from ..runs import fit,make_settings,step_decay
 
-_all_ = ['CameraDiscriminator', 'GradientReversal', 'GrowReversal', 'camera_sets',
-         'kmeans', 'part_features', 'part_masks', 'reversal_strength']
+_all_ = ['CameraDiscriminator', 'GradientReversal', 'GrowReversal',
+         'camera_sets', 'kmeans', 'part_features', 'part_masks',
+         'reversal_strength']
 
 # %% ../../nbs/42_padal.ipynb #d8a74ff0
-VARIANTS = { # Table 2; on what the cameras are aligned, and with which discriminators
+VARIANTS = { # what is aligned, by which discriminators (Table 2, section 3.5)
     'id':dict(aligned=None, level=None), # L_id alone, the baseline
     'a':dict(aligned='pairs', level='mean'), # + L_a, Eq. 2
     'm':dict(aligned='all', level='mean'), # + L_m, Eq. 3
@@ -44,8 +47,8 @@ _TINY = dict(backbone='tiny16', weights=None, size=(64, 32), pad=0., erasing=0.,
              hidden=(128, 64), lr=2e-3, wd=.05, k=3, n=2)
 _MOBILE = dict(backbone='mobilenet_v2', weights='pip', size=(96, 48), pad=5.,
                erasing=0., hidden=(512, 256), lr=3.5e-4, wd=5e-4, k=16, n=1)
-_LARGE = dict(backbone='resnet50', weights='hub', size=(224, 112), pad=0., erasing=0.,
-              hidden=(512, 256), lr=3.5e-4, wd=5e-4, k=8, n=4)
+_LARGE = dict(backbone='resnet50', weights='hub', size=(224, 112), pad=0.,
+              erasing=0., hidden=(512, 256), lr=3.5e-4, wd=5e-4, k=8, n=4)
 BY_PRESET = { # (kind of pictures, preset) to what a preset may change
     ('drawn', 'ci'):_TINY | dict(steps=12),
     ('drawn', 'laptop'):_TINY | dict(steps=1400),
@@ -54,18 +57,20 @@ BY_PRESET = { # (kind of pictures, preset) to what a preset may change
     ('real', 'laptop'):_MOBILE | dict(steps=300),
     ('real', 'gpu'):_MOBILE | dict(size=(224, 112), steps=700),
     ('real', 'paper'):_LARGE | dict(steps=600, decay=200)}
-PUBLISHED = dict(parts=3, division='kmeans', over='frames', strength=.03, sharpness=10.,
-                 momentum=.5, decay=None, epochs=None, seed=0, sets=None, shuffle=False)
+PUBLISHED = dict(parts=3, division='kmeans', over='frames', strength=.03,
+                 sharpness=10., momentum=.5, decay=None, epochs=None, seed=0,
+                 sets=None, shuffle=False)
 
 # %% ../../nbs/42_padal.ipynb #c8047287
 def padal_settings(
     kind:str='real', # `'real'` or `'drawn'` pictures
-    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; `None`: active
+    preset:str|None=None, # `'ci'`, `'laptop'`, `'gpu'`, `'paper'`; or active
     **changes # Instead of the preset's or the paper's values
 )->dict: # For `padal_learner` and `fit_padal`
     "The settings of a preset, changed where asked; `ValueError` if unknown."
     out = make_settings(PUBLISHED, BY_PRESET, (kind, preset), **changes)
-    for name,known in (('division', ('kmeans', 'strict')), ('over', ('frames', 'time'))):
+    choices = dict(division=('kmeans', 'strict'), over=('frames', 'time'))
+    for name,known in choices.items():
         if out[name] not in known:
             raise ValueError(f'{name}={out[name]!r}: expected one of {known}')
     return out
@@ -88,7 +93,7 @@ class PadalModel(ReidModel):
         level:str|None='map', # It sees `'map'` or `'mean'`
         frames:int=1, # Rows of a batch that are one tracklet
         division:str='kmeans', # Of the parts, see `part_masks`
-        over:str='frames', # Parts of each frame's map, or of the mean over `'time'`
+        over:str='frames', # Parts of each frame's map, or `'time'`: the mean
         **kwargs # pool, last_stride, dtype of `ReidModel`
     ):
         super().__init__(body, n_classes, **kwargs)
@@ -105,16 +110,18 @@ class PadalModel(ReidModel):
         return PadalOutput(pooled, embedding, self.classifier(embedding),
                            *self._guess(maps, pooled))
 
-    def _guess(self, maps, pooled):
-        "Guesses and masks of the discriminator, its gradients reversed."
-        d = self.discriminator
-        if d is None: return None,None
-        x,masks = pooled,None
-        if self.level=='map':
-            x = _over_time(maps, self.frames) if self.over=='time' else maps
-            masks = part_masks(x, d.parts, self.division)
-        with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
-            return d(self.reversal(x), masks),masks
+# %% ../../nbs/42_padal.ipynb #e7205a9c
+@patch
+def _guess(self:PadalModel, maps, pooled):
+    "Guesses and masks of the discriminator, its gradients reversed."
+    d = self.discriminator
+    if d is None: return None,None
+    x,masks = pooled,None
+    if self.level=='map':
+        x = _over_time(maps, self.frames) if self.over=='time' else maps
+        masks = part_masks(x, d.parts, self.division)
+    with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
+        return d(self.reversal(x), masks),masks
 
 def _over_time(x, n):
     "Means of n rows each."
@@ -122,7 +129,7 @@ def _over_time(x, n):
 
 # %% ../../nbs/42_padal.ipynb #7828164b
 class PadalLoss:
-    "Eq. 1 for the people, plus the loss of the discriminator behind the reversal."
+    "Eq. 1, plus the loss of the discriminator behind the reversal (Eq. 5)."
     def __init__(self,
         model:PadalModel, # Has the discriminator
         cameras, # Camera of each identity `(n_classes,)`
@@ -138,7 +145,8 @@ class PadalLoss:
         self.parts = dict(people=people.detach())
         if pred.guesses is None: return people
         camids = self.cameras[y]
-        if self.shuffle: camids = camids[torch.randperm(len(y), device=y.device)]
+        if self.shuffle:
+            camids = camids[torch.randperm(len(y), device=y.device)]
         camids = camids.repeat_interleave(len(pred.guesses)//len(y))
         camera = self.model.discriminator.loss(pred.guesses, camids, pred.masks)
         self.parts['camera'] = camera.detach()
@@ -154,27 +162,35 @@ def padal_learner(
     device=None, # `None` chooses
     num_workers:int=0 # Processes that read pictures
 )->ReidLearner: # With `.ids`; ready for `fit_padal`'s schedule
-    "A learner of one variant; `ValueError` names what is wrong with the labels."
-    v,s,device = _variant(variant),settings or padal_settings(),default_device(device)
+    "A learner of one variant; `ValueError` names what is wrong with labels."
+    v,s = _variant(variant),settings or padal_settings()
+    device = default_device(device)
     ids = accumulate_ids(train.pids, train.camids)
     train,cameras = replace(train, pids=ids.labels),int(ids.cameras[-1])+1
     seed_all(s['seed'])
-    sampler = CameraSampler(train.camids, train.tids, s['k'], s['n'], train.frames,
-                            s['seed'])
+    sampler = CameraSampler(train.camids, train.tids, s['k'], s['n'],
+                            train.frames, s['seed'])
+    augment = Augment(erasing=s['erasing'], pad=s['pad'])
     dls = ReidLoaders(train, tuple(s['size']), sampler=sampler, device=device,
-        augment=Augment(erasing=s['erasing'], pad=s['pad']), num_workers=num_workers)
+                      augment=augment, num_workers=num_workers)
     body = load_backbone(s['backbone'], s['weights'])
-    aligned,maps = s['sets'] or v['aligned'],v['level']=='map'
-    d = None if v['aligned'] is None else CameraDiscriminator(body.num_features, cameras,
-        aligned, s['parts'] if maps else 1, 3 if maps else 1, tuple(s['hidden']))
+    d = None if v['aligned'] is None else _discriminator(body, cameras, v, s)
     dtype = fast_dtype(device, s['backbone']) if device.type=='cuda' else None
-    model = PadalModel(body, len(dls.classes), d, v['level'], s['n'], s['division'],
-                       s['over'], dtype=dtype)
+    model = PadalModel(body, len(dls.classes), d, v['level'], s['n'],
+                       s['division'], s['over'], dtype=dtype)
     learn = reid_learner(dls, model, query, gallery,
         PadalLoss(model, ids.cameras, s['shuffle']), lr=s['lr'], wd=s['wd'],
         seed=s['seed'], cbs=[GrowReversal(s['strength'], s['sharpness'])])
     learn.ids,learn.variant = ids,variant
     return learn
+
+# %% ../../nbs/42_padal.ipynb #3b8fd1c6
+def _discriminator(body, cameras, v, s):
+    "The discriminator of a variant; 1 x 1 and one part on the mean feature."
+    parts,kernel = (s['parts'], 3) if v['level']=='map' else (1, 1)
+    aligned = s['sets'] or v['aligned']
+    return CameraDiscriminator(body.num_features, cameras, aligned, parts,
+                               kernel, tuple(s['hidden']))
 
 # %% ../../nbs/42_padal.ipynb #0966269d
 def fit_padal(
@@ -191,11 +207,13 @@ def fit_padal(
 )->ReidLearner: # Fitted
     "The learner after all its steps, in whole epochs (section 3.5)."
     s = settings or padal_settings()
-    learn = padal_learner(train, variant, s, query, gallery, device, num_workers)
+    learn = padal_learner(train, variant, s, query, gallery, device,
+                          num_workers)
     n = len(learn.dls.train)
     epochs = s['epochs'] or -(-s['steps']//n)
     falls = s['decay'] and range(s['decay'], epochs*n, s['decay'])
     sched = step_decay(s['lr'], epochs*n, falls) if falls else \
         dict(lr=combined_cos(.15, s['lr']/25, s['lr'], s['lr']/1e5))
     sched['mom'] = lambda pos: s['momentum']
-    return fit(learn, epochs, folder, dict(s, variant=variant), resume, stop_after, sched)
+    return fit(learn, epochs, folder, dict(s, variant=variant), resume,
+               stop_after, sched)

@@ -12,14 +12,15 @@ from ..core import check_shapes
 # %% ../../nbs/41_padal.parts.ipynb #8d1e8cd7
 @torch.no_grad()
 def kmeans(
-    x:torch.Tensor, # Places of many pictures, clustered each by itself `(N,P,D)`
+    x:torch.Tensor, # Places of N pictures, each clustered alone `(N,P,D)`
     start:torch.Tensor, # First centres `(N,K,D)`, K at most P
     max_iter:int=300 # Rounds at most
 )->tuple: # Clusters `(N,P)` int64, centres `(N,K,D)` float32 or 64
     "Lloyd's K-means of a whole batch, where the tensors are."
     check_shapes(x=(x, 'N P D'), start=(start, 'N K D'))
-    if not 1<=start.shape[1]<=x.shape[1]: raise ValueError(
-        f'{start.shape[1]} clusters of {x.shape[1]} places: expected 1 to {x.shape[1]}')
+    K,P = start.shape[1],x.shape[1]
+    if not 1<=K<=P:
+        raise ValueError(f'{K} clusters of {P} places: expected 1 to {P}')
     x = x if x.dtype==torch.float64 else x.float()
     middle = x.mean(1, keepdim=True) # short vectors lose fewer digits
     x,centres = x-middle,start.to(x.dtype)-middle
@@ -34,11 +35,11 @@ def kmeans(
         if not x.is_cuda and done.all(): break # no step waits for a GPU
     return torch.where(done, labels, _nearest(x, centres)),centres+middle
 
+# %% ../../nbs/41_padal.parts.ipynb #80cfc6f7
 def _nearest(x, centres):
     "The nearest centre of each place `(N,P)`."
     return ((centres**2).sum(2)[:, None]-2*x@centres.transpose(1, 2)).argmin(2)
 
-# %% ../../nbs/41_padal.parts.ipynb #80cfc6f7
 def _means(x, labels, old):
     "Mean of each cluster `(N,K,D)`; empty ones as scikit-learn does."
     one = F.one_hot(labels, old.shape[1]).to(x.dtype)
@@ -49,10 +50,10 @@ def _means(x, labels, old):
     return torch.where(count[..., None]>0, mean, mean.gather(1, most))
 
 def _relocate(x, labels, old, total, count):
-    "Give each empty cluster one of the places that are farthest from their own centre."
+    "Give empty clusters the places that are farthest from their own centre."
     own = old.gather(1, labels[..., None].expand_as(x))
     far,places = (x-own).square().sum(2).topk(old.shape[1])
-    empty = (count==0) & (far[:, :1]>0) # where all are at their centre, none moves
+    empty = (count==0) & (far[:, :1]>0) # if all are at their centre, none moves
     turn,rows = empty.cumsum(1)-1,torch.arange(len(x), device=x.device)
     for k in range(old.shape[1]):
         place = places[rows, turn[:, k].clamp(min=0)]
@@ -74,6 +75,7 @@ def _top_first(one, width):
     order = torch.where(n>0, height, torch.inf).argsort(dim=1, stable=True)
     return one.gather(2, order[:, None].expand_as(one))
 
+# %% ../../nbs/41_padal.parts.ipynb #1fa5c7d4
 @torch.no_grad()
 def part_masks(
     maps:torch.Tensor, # Feature maps `(N,C,h,w)`
@@ -81,13 +83,15 @@ def part_masks(
     division:str='kmeans', # Or `'strict'`: horizontal bands of equal height
     max_iter:int=20 # Of K-means, which starts from the bands
 )->torch.Tensor: # `(N,K,h,w)` bool; each place is in one part, part 0 on top
-    "Parts of people (Kim et al., section 3.4); `ValueError` if the map is too small."
+    "Parts of people (Kim et al., section 3.4); `ValueError` for small maps."
     n,_,h,w = check_shapes(maps=(maps, 'N C h w')).values()
     if division not in ('kmeans', 'strict'):
-        raise ValueError(f"division={division!r}: expected 'kmeans' or 'strict'")
+        raise ValueError(f'division={division!r}: '
+                         "expected 'kmeans' or 'strict'")
     most = h if division=='strict' else h*w
-    if not 1<=parts<=most: raise ValueError(f'parts={parts}: a map of {h} x {w} has '
-                                            f'1 to {most} ({division})')
+    if not 1<=parts<=most:
+        raise ValueError(f'parts={parts}: a map of {h} x {w} has '
+                         f'1 to {most} ({division})')
     places = F.one_hot(_bands(h*w, parts, maps.device), parts)
     if division=='strict':
         rows = _bands(h, parts, maps.device).repeat_interleave(w)

@@ -20,8 +20,9 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return -ctx.strength*g,None
 
+# %% ../../nbs/40_padal.reversal.ipynb #8e6b02d7
 class GradientReversal(nn.Module):
-    "Features as they are; what comes back is reversed (Ganin and Lempitsky, 2015)."
+    "The same features; a reversed gradient (Ganin and Lempitsky, 2015)."
     def __init__(self,
         strength:float=1. # lambda: 0 lets nothing back
     ):
@@ -58,7 +59,7 @@ class GrowReversal(Callback):
     "Sets the strength of the model's reversals before each batch."
     def __init__(self,
         most:float=1., # Strength at the end
-        sharpness:float|None=10. # Of `reversal_strength`; `None`: `most` at once
+        sharpness:float|None=10. # Of `reversal_strength`; `None`: all at once
     ): self.most,self.sharpness = most,sharpness
 
     def before_batch(self):
