@@ -37,6 +37,9 @@ def make_settings(
     out = fixed | presets[key]
     if unknown := sorted(set(changes)-set(out)): raise ValueError(
         f'unknown settings {unknown}: expected some of {sorted(out)}')
+    for k,v in changes.items():
+        if isinstance(out[k], (list, tuple)) and not isinstance(v, (list, tuple)):
+            raise ValueError(f'{k}={v!r}: expected a list like {list(out[k])}')
     return out | changes
 
 # %% ../nbs/12a_runs.ipynb #1006931a

@@ -283,7 +283,7 @@ def test_the_probe_of_noise_is_chance(clips):
 
 def test_train_and_resume_by_command(tmp_path):
     words = ['train', 'padal', '--preset', 'ci', '--people', '12', '--cameras', '3', '--set', 'k=2',
-             '--set', 'size=(32, 16)', '--out', tmp_path/'run', '--device', 'cpu']
+             '--set', 'size=[32, 16]', '--out', tmp_path/'run', '--device', 'cpu']
     done = run(*words)
     assert done.returncode == 0 and 'mAP' in done.stdout, done.stderr
     assert run(*words).returncode == 2 # holds a run

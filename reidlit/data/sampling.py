@@ -9,7 +9,7 @@ __all__ = ['BatchSampler', 'deal', 'arrange', 'PKSampler', 'camera_shares', 'Cam
 # %% ../../nbs/05_data.sampling.ipynb #c54a518a
 import numpy as np
 from fastcore.basics import patch
-from ..core import rng_for
+from ..core import as_labels,rng_for
 
 # %% ../../nbs/05_data.sampling.ipynb #b2084b70
 class BatchSampler:
@@ -269,10 +269,12 @@ class CameraSampler(BatchSampler):
         seed:int=0 # Another seed, another order
     ):
         super().__init__(seed)
-        if camids is None or not len(camids) or min(k, n)<1: raise ValueError(
-            f'camids={camids}, k={k}, n={n}: expected cameras, and 1 or more')
-        camids,self.k,self.n = np.asarray(camids),k,n
-        tids = np.arange(len(camids)) if tids is None else tids
+        camids,self.k,self.n = as_labels(camids, 'camids'),k,n
+        if not len(camids) or min(k, n)<1: raise ValueError(
+            f'{len(camids)} camids, k={k}, n={n}: expected 1 or more')
+        tids = as_labels(np.arange(len(camids)) if tids is None else tids, 'tids',
+                         len(camids))
+        if frames is not None: frames = as_labels(frames, 'frames', len(camids))
         ids,self.clips = tracklet_rows(tids, frames)
         for t,r in zip(ids, self.clips):
             if len(set(camids[r]))>1: raise ValueError(

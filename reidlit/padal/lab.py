@@ -7,7 +7,7 @@ __all__ = ['WORLD', 'ARMS', 'STANDARDISED', 'GAP', 'REAL_ARMS', 'REAL_CLAIMS', '
            'padal_world', 'lab_data', 'lab_scores', 'table2', 'core', 'real_core', 'part_gaps', 'figures', 'map_stages',
            'fragment_identities', 'fragments', 'styles', 'two_cameras', 'step_cost', 'cost', 'train', 'settings']
 
-# %% ../../nbs/43_padal.lab.ipynb #521ea5d9
+# %% ../../nbs/43_padal.lab.ipynb #3ca315d3
 import time,torch
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ from ..report import bars
 from ..tracklets import pool_tracklets
 from ..viz import embed_2d,plot_embedding
 
-# %% ../../nbs/43_padal.lab.ipynb #025b77e6
+# %% ../../nbs/43_padal.lab.ipynb #a8389c4d
 WORLD = dict(people=140, cameras=6, layout='disjoint', style=.2, additive=1.,
              similarity=.4, crowd=50)
 
@@ -40,7 +40,7 @@ def padal_world(
     small = dict(people=40, crowd=20) if (preset or active_preset())=='ci' else {}
     return World(**WORLD | small | changes, seed=seed)
 
-# %% ../../nbs/43_padal.lab.ipynb #f4058b89
+# %% ../../nbs/43_padal.lab.ipynb #5554c796
 def lab_data(
     run:Run, # Its seed and preset
     **changes # Of `WORLD`
@@ -51,7 +51,7 @@ def lab_data(
                      for k in ('train', 'test'))
     return train,SimpleNamespace(query=gallery[gallery.tids % 2==0], gallery=gallery)
 
-# %% ../../nbs/43_padal.lab.ipynb #ee85f831
+# %% ../../nbs/43_padal.lab.ipynb #d192757b
 def _share_of_cameras(f, camids):
     "Share of the features' variance that the cameras' means explain."
     f = f-f.mean(0)
@@ -59,7 +59,7 @@ def _share_of_cameras(f, camids):
     n = torch.as_tensor(np.unique(camids, return_counts=True)[1])
     return float((n[:, None]*means**2).sum()/(f**2).sum())
 
-# %% ../../nbs/43_padal.lab.ipynb #5aafb02b
+# %% ../../nbs/43_padal.lab.ipynb #ce6f010c
 def _described(model, items, size):
     "Features, people, cameras, junk, distractors of tracklets, or of pictures."
     f = extract_features(model, items, size)
@@ -79,11 +79,13 @@ def lab_scores(
     s = reid_scores(f[:len(q[0])], f[len(q[0]):], q[1], g[1], q[2], g[2],
                     g_junk=g[3], g_distractor=g[4])
     known = ~(both[3] | both[4])
-    probe = guess_source(f[known], both[2][known], both[1][known])
+    people = both[1][known]
+    probe = guess_source(f[known], both[2][known], people,
+                         folds=min(5, len(np.unique(people))))
     return dict(mAP=s.mAP, rank1=s.cmc[0], probe=probe.balanced,
                 share=_share_of_cameras(torch.as_tensor(f[known]), both[2][known]))
 
-# %% ../../nbs/43_padal.lab.ipynb #628b3c23
+# %% ../../nbs/43_padal.lab.ipynb #f90c3b9b
 ARMS = { # Table 2 and a control: a variant, changes of the settings
     'L_id':('id', {}), 'L_id + L_a':('a', {}), 'L_id + L_m':('m', {}),
     'L_id + L_mp, K=1':('mp', dict(parts=1)), 'L_id + L_mp, K=3':('mp', dict(parts=3)),
@@ -110,7 +112,7 @@ def table2(
         for other in plain: run.arm(other, lambda: lab_scores(
             model, target, s['size'], True))
 
-# %% ../../nbs/43_padal.lab.ipynb #446212da
+# %% ../../nbs/43_padal.lab.ipynb #95ec643a
 def core(
     run:Run # Filled with Table 2 and its controls
 ):
@@ -119,6 +121,7 @@ def core(
     with quiet(): table2(run, *lab_data(run), s)
     run.add({GAP:dict(probe=.4)})
 
+# %% ../../nbs/43_padal.lab.ipynb #887d6644
 REAL_ARMS = {k:ARMS[k] for k in ('L_id', 'L_id + L_m', 'L_id + L_mp, K=3',
                                  'L_id + L_m, shuffled')}
 
@@ -133,7 +136,7 @@ def real_core(
     with quiet(): table2(run, train, target, s, REAL_ARMS)
     run.add({GAP:dict(probe=.4)})
 
-# %% ../../nbs/43_padal.lab.ipynb #0376f9ea
+# %% ../../nbs/43_padal.lab.ipynb #4262585b
 REAL_CLAIMS = (Claim('L_id', GAP, 'probe'), Claim('L_id + L_m', 'L_id'),
     Claim('L_id + L_mp, K=3', 'L_id'), Claim('L_id + L_mp, K=3', 'L_id + L_m'),
     Claim('L_id + L_m', 'L_id + L_m, shuffled'), Claim('L_id + L_m', STANDARDISED),
@@ -142,7 +145,7 @@ CLAIMS = (*REAL_CLAIMS, Claim('L_id + L_mp, K=3', 'L_id + L_mp, K=1'),
     Claim('L_id + L_a', 'L_id + L_m'), Claim('L_id + L_a', 'L_id + L_mp, K=3'),
     Claim('L_id + L_mp, K=3', 'L_id + L_mp, strict'))
 
-# %% ../../nbs/43_padal.lab.ipynb #4c55a704
+# %% ../../nbs/43_padal.lab.ipynb #63ad1205
 @torch.no_grad()
 def part_gaps(
     model, # A `ReidModel`
@@ -161,12 +164,13 @@ def part_gaps(
         found.append(torch.cat([maps.mean((2, 3))[:, None], each], 1).cpu())
     found,out = torch.cat(found),{}
     for k,name in enumerate(['whole', *(f'part {i}' for i in range(parts))]):
-        f,pids,camids = pool_tracklets(found[:, k], items.tids, items.pids, items.camids)
+        f,pids,camids = pool_tracklets(found[:, k], items.tids, items.pids,
+                                       items.camids)
         out[name] = dict(probe=guess_source(f, camids, pids).balanced,
                          share=_share_of_cameras(f, camids))
     return out
 
-# %% ../../nbs/43_padal.lab.ipynb #c4ebcede
+# %% ../../nbs/43_padal.lab.ipynb #102b9fba
 SWEEP = {'L_id':('id', {})} | { # Figure 8 and Table 3
     f'K={k}':('mp', dict(parts=k)) for k in range(1, 6)} | {
     f'K={k}, strict':('mp', dict(parts=k, division='strict')) for k in range(2, 6)} | {
@@ -186,7 +190,7 @@ def figures(
     gaps = part_gaps(model, target.gallery, tuple(s['size']))
     run.add({f'gap: {k}':v for k,v in gaps.items()})
 
-# %% ../../nbs/43_padal.lab.ipynb #c05500b2
+# %% ../../nbs/43_padal.lab.ipynb #f87cb821
 def map_stages(
     models:dict, # Names to networks
     items:ReidSet, # Tracklets of some people
@@ -207,7 +211,7 @@ def map_stages(
             if ax.get_legend(): ax.get_legend().remove()
     return fig
 
-# %% ../../nbs/43_padal.lab.ipynb #7f7604bd
+# %% ../../nbs/43_padal.lab.ipynb #aaf0e2c8
 def fragment_identities(
     items:ReidSet, # With pids, camids and tids
     share:float, # Of the people of each camera, 0 to 1
@@ -226,6 +230,7 @@ def fragment_identities(
         pids[np.isin(items.tids, tids[len(tids)//2:]) & (items.pids==p)] = new+p
     return replace(items, pids=pids)
 
+# %% ../../nbs/43_padal.lab.ipynb #20c4a998
 FRAGMENTS = (0, 10, 30, 50)
 
 def fragments(
@@ -239,10 +244,10 @@ def fragments(
         for n in FRAGMENTS: table2(run, fragment_identities(train, n/100, run.seed),
                                    target, s, arms, f', {n} %')
     v = run.values
-    run.add({f'{a} keeps':{'mAP':v[f'{a}, {FRAGMENTS[-1]} %']['mAP']-v[f'{a}, 0 %']['mAP']}
-             for a in arms})
+    lost = lambda a: v[f'{a}, {FRAGMENTS[-1]} %']['mAP']-v[f'{a}, 0 %']['mAP']
+    run.add({f'{a} keeps':dict(mAP=lost(a)) for a in arms})
 
-# %% ../../nbs/43_padal.lab.ipynb #4cb31347
+# %% ../../nbs/43_padal.lab.ipynb #28ee5648
 STYLES = {'nothing':(0., 0.), 'beside people, .5':(.5, 0.), 'beside people, 1':(1., 0.),
           'colours, 1':(0., 1.), 'colours, 2':(0., 2.)} # additive, style
 
@@ -257,7 +262,7 @@ def styles(
             data = lab_data(run, additive=additive, style=style)
             table2(run, *data, s, arms, f', {name}')
 
-# %% ../../nbs/43_padal.lab.ipynb #91edaed6
+# %% ../../nbs/43_padal.lab.ipynb #1ce69f67
 def two_cameras(
     run:Run # Filled with L_id and L_mp for two cameras
 ):
@@ -268,7 +273,7 @@ def two_cameras(
     arms = {'L_id':('id', {}), 'PADAL':('mp', dict(parts=3))}
     with quiet(): table2(run, train, SimpleNamespace(query=q, gallery=g), s, arms)
 
-# %% ../../nbs/43_padal.lab.ipynb #72a48d40
+# %% ../../nbs/43_padal.lab.ipynb #efb2eaf8
 def step_cost(
     cameras:int, # How many
     variant:str, # A name of `VARIANTS`, not `'id'`
@@ -301,10 +306,10 @@ def cost(
 ):
     "The price of each kind of discriminator for ResNet-50's features."
     for n in (2, 6, 15):
-        for name in ('a', 'm', 'mp'): run.arm(f'L_{name}, {n} cameras', lambda: step_cost(
-            n, name, device=run.device))
+        for name in ('a', 'm', 'mp'): run.arm(f'L_{name}, {n} cameras',
+            lambda: step_cost(n, name, device=run.device))
 
-# %% ../../nbs/43_padal.lab.ipynb #812bc935
+# %% ../../nbs/43_padal.lab.ipynb #fc5eaae5
 def train(
     run:Run, # Has settings (`variant` among them), device, folder
     d # With train, query and gallery, from `open_data`
@@ -316,6 +321,7 @@ def train(
         run.settings['variant'], run.settings, d.query, d.gallery, run.folder,
         run.resume, run.device)
 
+# %% ../../nbs/43_padal.lab.ipynb #7c957a97
 def settings(
     kind:str, # `'drawn'` or `'real'` pictures
     preset:str|None=None, # `None`: the active one
@@ -327,18 +333,18 @@ def settings(
         f'variant {variant!r}: expected one of {tuple(VARIANTS)}')
     return padal_settings(kind, preset, **changes) | dict(variant=variant)
 
-# %% ../../nbs/43_padal.lab.ipynb #4990244e
+# %% ../../nbs/43_padal.lab.ipynb #17d40e33
 PAPER = Paper('padal', 'Cameras as domains',
-    'Kim et al.: people are labelled in each camera; a discriminator guesses the camera '
-    'from the features, and its gradient is reversed. L_a has a discriminator a pair of '
-    'cameras, L_m one for all, L_mp one for each part of the body.',
+    'Kim et al.: people are labelled in each camera; a discriminator guesses the '
+    'camera from the features, and its gradient is reversed. L_a has a '
+    'discriminator a pair of cameras, L_m one for all, L_mp one for each part.',
     dict(core=Experiment(core, CLAIMS), figures=Experiment(figures, (
             Claim('K=1', '3 cameras x 2'), Claim('3 cameras x 2', '2 cameras x 3'),
             Claim('2 cameras x 3', 'L_id'))),
         fragments=Experiment(fragments, (Claim('PADAL keeps', 'L_id keeps'),)),
-        styles=Experiment(styles), pairs=Experiment(two_cameras, (Claim('PADAL', 'L_id'),)),
-        cost=Experiment(cost)),
+        styles=Experiment(styles), cost=Experiment(cost),
+        pairs=Experiment(two_cameras, (Claim('PADAL', 'L_id'),))),
     real=Experiment(real_core, REAL_CLAIMS),
-    figures=((partial(bars, groups={k.replace('L_id + ', '+ '):[k] for k in ARMS}, metric='mAP'),
-        'mAP of test people, mean over worlds; dots are seeds.'),),
+    figures=((partial(bars, groups={k.replace('L_id + ', '+ '):[k] for k in ARMS},
+        metric='mAP'), 'mAP of test people, mean over worlds; dots are seeds.'),),
     settings=settings, train=train)
