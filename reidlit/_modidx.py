@@ -1340,6 +1340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'reidlit.models._from_hub': ('models.html#_from_hub', 'reidlit/models.py'),
                                 'reidlit.models._resnet': ('models.html#_resnet', 'reidlit/models.py'),
                                 'reidlit.models._timm': ('models.html#_timm', 'reidlit/models.py'),
+                                'reidlit.models.autocast': ('models.html#autocast', 'reidlit/models.py'),
                                 'reidlit.models.backbone': ('models.html#backbone', 'reidlit/models.py'),
                                 'reidlit.models.embedding_head': ('models.html#embedding_head', 'reidlit/models.py'),
                                 'reidlit.models.keep_last_stride': ('models.html#keep_last_stride', 'reidlit/models.py'),

@@ -18,12 +18,13 @@ from ..core import ReidSet,default_device,seed_all
 from ..data.augment import Augment
 from ..data.sampling import CameraSampler
 from ..learner import ReidLearner,ReidLoaders,fast_dtype,reid_learner
-from ..models import ReidModel,load_backbone
+from ..models import ReidModel,autocast,load_backbone
 from .discriminators import CameraDiscriminator,camera_sets
 from .parts import kmeans,part_features,part_masks
 from reidlit.padal.reversal import (GradientReversal, GrowReversal,
     reversal_strength)
 from ..runs import fit,make_settings,step_decay
+from ..tracklets import tracklet_table
 
 _all_ = ['CameraDiscriminator', 'GradientReversal', 'GrowReversal',
          'camera_sets', 'kmeans', 'part_features', 'part_masks',
@@ -61,6 +62,26 @@ PUBLISHED = dict(parts=3, division='kmeans', over='frames', strength=.03,
                  sharpness=10., momentum=.5, decay=None, epochs=None, seed=0,
                  sets=None, shuffle=False)
 
+# %% ../../nbs/42_padal.ipynb #20d15770
+def _check(s):
+    "`ValueError` for the first setting that cannot be."
+    def need(name, good, wanted):
+        if not good: raise ValueError(f'{name}={s[name]!r}: expected {wanted}')
+    whole = lambda v: type(v) is int and v>0
+    number = lambda v: type(v) in (int, float) and v==v
+    choices = dict(division=('kmeans', 'strict'), over=('frames', 'time'),
+                   shuffle=(True, False))
+    for name,known in choices.items(): need(name, s[name] in known, f'one of {known}')
+    for name in ('parts', 'k', 'n', 'steps'):
+        need(name, whole(s[name]), 'a whole number from 1')
+    for name in ('epochs', 'decay'):
+        need(name, s[name] is None or whole(s[name]), 'a whole number from 1, or None')
+    for name,lo,hi in (('strength', 0, 1e9), ('momentum', 0, .9999), ('lr', 0, 1e9)):
+        need(name, number(s[name]) and lo<=s[name]<=hi, f'a number from {lo} to {hi:g}')
+    v = s['sharpness']; need('sharpness', v is None or number(v) and v>0, 'above 0, or None')
+    for name in ('size', 'hidden'):
+        need(name, len(s[name])==2 and all(map(whole, s[name])), 'two whole numbers')
+
 # %% ../../nbs/42_padal.ipynb #c8047287
 def padal_settings(
     kind:str='real', # `'real'` or `'drawn'` pictures
@@ -69,10 +90,7 @@ def padal_settings(
 )->dict: # For `padal_learner` and `fit_padal`
     "The settings of a preset, changed where asked; `ValueError` if unknown."
     out = make_settings(PUBLISHED, BY_PRESET, (kind, preset), **changes)
-    choices = dict(division=('kmeans', 'strict'), over=('frames', 'time'))
-    for name,known in choices.items():
-        if out[name] not in known:
-            raise ValueError(f'{name}={out[name]!r}: expected one of {known}')
+    _check(out)
     return out
 
 # %% ../../nbs/42_padal.ipynb #4fef3d1a
@@ -97,6 +115,9 @@ class PadalModel(ReidModel):
         **kwargs # pool, last_stride, dtype of `ReidModel`
     ):
         super().__init__(body, n_classes, **kwargs)
+        if level not in (None, 'map', 'mean') or over not in ('frames', 'time'):
+            raise ValueError(f"level={level!r}, over={over!r}: expected 'map' or "
+                             "'mean', and 'frames' or 'time'")
         self.discriminator,self.level,self.frames = discriminator,level,frames
         self.division,self.over = division,over
         self.reversal = GradientReversal()
@@ -120,8 +141,7 @@ def _guess(self:PadalModel, maps, pooled):
     if self.level=='map':
         x = _over_time(maps, self.frames) if self.over=='time' else maps
         masks = part_masks(x, d.parts, self.division)
-    with torch.autocast(x.device.type, self.dtype, enabled=bool(self.dtype)):
-        return d(self.reversal(x), masks),masks
+    with autocast(x, self.dtype): return d(self.reversal(x), masks),masks
 
 def _over_time(x, n):
     "Means of n rows each."
@@ -164,11 +184,14 @@ def padal_learner(
 )->ReidLearner: # With `.ids`; ready for `fit_padal`'s schedule
     "A learner of one variant; `ValueError` names what is wrong with labels."
     v,s = _variant(variant),settings or padal_settings()
-    device = default_device(device)
+    _check(s)
+    device,n = default_device(device),s['n']
     ids = accumulate_ids(train.pids, train.camids)
+    if train.tids is None: n = 1 # each picture is a tracklet of one frame
+    else: tracklet_table(train) # says which one has two people or cameras
     train,cameras = replace(train, pids=ids.labels),int(ids.cameras[-1])+1
     seed_all(s['seed'])
-    sampler = CameraSampler(train.camids, train.tids, s['k'], s['n'],
+    sampler = CameraSampler(train.camids, train.tids, s['k'], n,
                             train.frames, s['seed'])
     augment = Augment(erasing=s['erasing'], pad=s['pad'])
     dls = ReidLoaders(train, tuple(s['size']), sampler=sampler, device=device,
@@ -176,7 +199,7 @@ def padal_learner(
     body = load_backbone(s['backbone'], s['weights'])
     d = None if v['aligned'] is None else _discriminator(body, cameras, v, s)
     dtype = fast_dtype(device, s['backbone']) if device.type=='cuda' else None
-    model = PadalModel(body, len(dls.classes), d, v['level'], s['n'],
+    model = PadalModel(body, len(dls.classes), d, v['level'], n,
                        s['division'], s['over'], dtype=dtype)
     learn = reid_learner(dls, model, query, gallery,
         PadalLoss(model, ids.cameras, s['shuffle']), lr=s['lr'], wd=s['wd'],
@@ -188,7 +211,7 @@ def padal_learner(
 def _discriminator(body, cameras, v, s):
     "The discriminator of a variant; 1 x 1 and one part on the mean feature."
     parts,kernel = (s['parts'], 3) if v['level']=='map' else (1, 1)
-    aligned = s['sets'] or v['aligned']
+    aligned = v['aligned'] if s['sets'] is None else s['sets']
     return CameraDiscriminator(body.num_features, cameras, aligned, parts,
                                kernel, tuple(s['hidden']))
 
@@ -211,9 +234,9 @@ def fit_padal(
                           num_workers)
     n = len(learn.dls.train)
     epochs = s['epochs'] or -(-s['steps']//n)
-    falls = s['decay'] and range(s['decay'], epochs*n, s['decay'])
-    sched = step_decay(s['lr'], epochs*n, falls) if falls else \
-        dict(lr=combined_cos(.15, s['lr']/25, s['lr'], s['lr']/1e5))
+    sched = dict(lr=combined_cos(.15, s['lr']/25, s['lr'], s['lr']/1e5))
+    if s['decay']: sched = step_decay(
+        s['lr'], epochs*n, range(s['decay'], epochs*n, s['decay']))
     sched['mom'] = lambda pos: s['momentum']
     return fit(learn, epochs, folder, dict(s, variant=variant), resume,
                stop_after, sched)

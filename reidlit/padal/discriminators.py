@@ -8,7 +8,7 @@ __all__ = ['camera_sets', 'CameraDiscriminator']
 # %% ../../nbs/40a_padal.discriminators.ipynb #1dea94db
 from itertools import combinations
 import torch,torch.nn as nn
-from ..core import check_shapes
+from ..core import as_labels,check_shapes
 
 # %% ../../nbs/40a_padal.discriminators.ipynb #cacd5cb5
 def camera_sets(
@@ -23,7 +23,7 @@ def camera_sets(
         if aligned not in known: raise ValueError(f"aligned={aligned!r}: "
             "expected 'all', 'pairs' or tuples of cameras")
         return known[aligned]
-    sets = [tuple(int(c) for c in s) for s in aligned]
+    sets = [tuple(s) for s in aligned]
     for s in sets:
         if len(set(s))<max(2, len(s)) or not set(s)<=set(every):
             raise ValueError(f'set {s}: expected 2 or more different cameras '
@@ -44,6 +44,8 @@ class CameraDiscriminator(nn.Module):
         slope:float=.2 # Of the leaky ReLU
     ):
         super().__init__()
+        if min(parts, kernel)<1 or kernel % 2==0: raise ValueError(f'parts={parts}, '
+            f'kernel={kernel}: expected parts from 1, and an odd kernel')
         self.sets,self.parts = camera_sets(n_cameras, aligned),parts
         S,m = len(self.sets),max(map(len, self.sets))
         seats = torch.full((n_cameras, S), -1) # a camera's place in each set
@@ -87,12 +89,16 @@ def loss(self:CameraDiscriminator,
     masks:torch.Tensor|None=None # As for `forward`
 )->torch.Tensor: # Summed over sets and parts, mean over places, pictures
     "Eqs. 2, 3 and 4; a camera that is in no set adds 0."
-    known = (camids>=0) & (camids<len(self.seats))
-    if not camids.is_cuda and not known.all(): # no step waits for a GPU
-        raise ValueError(f'camids {camids.unique().tolist()}: expected 0 to '
-                         f'{len(self.seats)-1}')
+    n,K,_,_,h,w = check_shapes(guesses=(guesses, 'N K S m h w'),
+                               camids=(camids, 'N')).values()
+    if masks is not None: check_shapes(masks=(masks, f'{n} {K} {h} {w}'))
+    elif K>1: raise ValueError(f'{K} parts need masks (N, {K}, h, w)')
+    camids = torch.as_tensor(camids)
+    if not camids.is_cuda: as_labels(camids, 'camids') # no step waits for a GPU
+    known = camids.is_cuda or ((camids>=0) & (camids<len(self.seats))).all()
+    if not known: raise ValueError(f'camids {camids.unique().tolist()}: '
+                                   f'expected 0 to {len(self.seats)-1}')
     seat = self.seats[camids][:, None, :, None, None, None] # (N,1,S,1,1,1)
-    n,K,_,_,h,w = guesses.shape
     at = seat.clamp(min=0).expand(-1, K, -1, -1, h, w)
     each = torch.where(seat>=0, -guesses.gather(3, at), 0.)[:, :, :, 0]
     if masks is not None: each = each*masks[:, :, None]

@@ -7,7 +7,7 @@ __all__ = ['WORLD', 'ARMS', 'STANDARDISED', 'GAP', 'REAL_ARMS', 'REAL_CLAIMS', '
            'padal_world', 'lab_data', 'lab_scores', 'table2', 'core', 'real_core', 'part_gaps', 'figures', 'map_stages',
            'fragment_identities', 'fragments', 'styles', 'two_cameras', 'step_cost', 'cost', 'train', 'settings']
 
-# %% ../../nbs/43_padal.lab.ipynb #3ca315d3
+# %% ../../nbs/43_padal.lab.ipynb #d7a0a5e6
 import time,torch
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ from ..report import bars
 from ..tracklets import pool_tracklets
 from ..viz import embed_2d,plot_embedding
 
-# %% ../../nbs/43_padal.lab.ipynb #a8389c4d
+# %% ../../nbs/43_padal.lab.ipynb #60a68951
 WORLD = dict(people=140, cameras=6, layout='disjoint', style=.2, additive=1.,
              similarity=.4, crowd=50)
 
@@ -40,7 +40,7 @@ def padal_world(
     small = dict(people=40, crowd=20) if (preset or active_preset())=='ci' else {}
     return World(**WORLD | small | changes, seed=seed)
 
-# %% ../../nbs/43_padal.lab.ipynb #5554c796
+# %% ../../nbs/43_padal.lab.ipynb #098b2dc1
 def lab_data(
     run:Run, # Its seed and preset
     **changes # Of `WORLD`
@@ -51,7 +51,7 @@ def lab_data(
                      for k in ('train', 'test'))
     return train,SimpleNamespace(query=gallery[gallery.tids % 2==0], gallery=gallery)
 
-# %% ../../nbs/43_padal.lab.ipynb #d192757b
+# %% ../../nbs/43_padal.lab.ipynb #59825d2d
 def _share_of_cameras(f, camids):
     "Share of the features' variance that the cameras' means explain."
     f = f-f.mean(0)
@@ -59,7 +59,7 @@ def _share_of_cameras(f, camids):
     n = torch.as_tensor(np.unique(camids, return_counts=True)[1])
     return float((n[:, None]*means**2).sum()/(f**2).sum())
 
-# %% ../../nbs/43_padal.lab.ipynb #ce6f010c
+# %% ../../nbs/43_padal.lab.ipynb #23a249c4
 def _described(model, items, size):
     "Features, people, cameras, junk, distractors of tracklets, or of pictures."
     f = extract_features(model, items, size)
@@ -67,7 +67,7 @@ def _described(model, items, size):
     return (f, *flags) if items.tids is None else pool_tracklets(f, items.tids, *flags)
 
 def lab_scores(
-    model, # A network, or features as `_described` gives them
+    model, # A network: crops to features
     target, # With query and gallery
     size:tuple, # `(H,W)` of the network's input
     standardise:bool=False # Features per camera first: one line instead of a method
@@ -85,7 +85,7 @@ def lab_scores(
     return dict(mAP=s.mAP, rank1=s.cmc[0], probe=probe.balanced,
                 share=_share_of_cameras(torch.as_tensor(f[known]), both[2][known]))
 
-# %% ../../nbs/43_padal.lab.ipynb #f90c3b9b
+# %% ../../nbs/43_padal.lab.ipynb #6d943f5b
 ARMS = { # Table 2 and a control: a variant, changes of the settings
     'L_id':('id', {}), 'L_id + L_a':('a', {}), 'L_id + L_m':('m', {}),
     'L_id + L_mp, K=1':('mp', dict(parts=1)), 'L_id + L_mp, K=3':('mp', dict(parts=3)),
@@ -112,7 +112,7 @@ def table2(
         for other in plain: run.arm(other, lambda: lab_scores(
             model, target, s['size'], True))
 
-# %% ../../nbs/43_padal.lab.ipynb #95ec643a
+# %% ../../nbs/43_padal.lab.ipynb #cd16f5de
 def core(
     run:Run # Filled with Table 2 and its controls
 ):
@@ -121,7 +121,7 @@ def core(
     with quiet(): table2(run, *lab_data(run), s)
     run.add({GAP:dict(probe=.4)})
 
-# %% ../../nbs/43_padal.lab.ipynb #887d6644
+# %% ../../nbs/43_padal.lab.ipynb #566a982a
 REAL_ARMS = {k:ARMS[k] for k in ('L_id', 'L_id + L_m', 'L_id + L_mp, K=3',
                                  'L_id + L_m, shuffled')}
 
@@ -136,7 +136,7 @@ def real_core(
     with quiet(): table2(run, train, target, s, REAL_ARMS)
     run.add({GAP:dict(probe=.4)})
 
-# %% ../../nbs/43_padal.lab.ipynb #4262585b
+# %% ../../nbs/43_padal.lab.ipynb #9106a12f
 REAL_CLAIMS = (Claim('L_id', GAP, 'probe'), Claim('L_id + L_m', 'L_id'),
     Claim('L_id + L_mp, K=3', 'L_id'), Claim('L_id + L_mp, K=3', 'L_id + L_m'),
     Claim('L_id + L_m', 'L_id + L_m, shuffled'), Claim('L_id + L_m', STANDARDISED),
@@ -145,7 +145,7 @@ CLAIMS = (*REAL_CLAIMS, Claim('L_id + L_mp, K=3', 'L_id + L_mp, K=1'),
     Claim('L_id + L_a', 'L_id + L_m'), Claim('L_id + L_a', 'L_id + L_mp, K=3'),
     Claim('L_id + L_mp, K=3', 'L_id + L_mp, strict'))
 
-# %% ../../nbs/43_padal.lab.ipynb #63ad1205
+# %% ../../nbs/43_padal.lab.ipynb #ca6bf721
 @torch.no_grad()
 def part_gaps(
     model, # A `ReidModel`
@@ -170,7 +170,7 @@ def part_gaps(
                          share=_share_of_cameras(f, camids))
     return out
 
-# %% ../../nbs/43_padal.lab.ipynb #102b9fba
+# %% ../../nbs/43_padal.lab.ipynb #7aba871d
 SWEEP = {'L_id':('id', {})} | { # Figure 8 and Table 3
     f'K={k}':('mp', dict(parts=k)) for k in range(1, 6)} | {
     f'K={k}, strict':('mp', dict(parts=k, division='strict')) for k in range(2, 6)} | {
@@ -190,7 +190,7 @@ def figures(
     gaps = part_gaps(model, target.gallery, tuple(s['size']))
     run.add({f'gap: {k}':v for k,v in gaps.items()})
 
-# %% ../../nbs/43_padal.lab.ipynb #f87cb821
+# %% ../../nbs/43_padal.lab.ipynb #2fb368cf
 def map_stages(
     models:dict, # Names to networks
     items:ReidSet, # Tracklets of some people
@@ -211,26 +211,27 @@ def map_stages(
             if ax.get_legend(): ax.get_legend().remove()
     return fig
 
-# %% ../../nbs/43_padal.lab.ipynb #aaf0e2c8
+# %% ../../nbs/43_padal.lab.ipynb #066f2efb
 def fragment_identities(
     items:ReidSet, # With pids, camids and tids
-    share:float, # Of the people of each camera, 0 to 1
+    share:float, # Of each camera's people with several tracklets, 0 to 1
     seed:int=0 # Chooses them
 )->ReidSet: # Their last tracklets have labels of their own
     "Some people cut in two, as where a tracker lost them (Table 4)."
     if not 0<=share<=1: raise ValueError(f'share={share}: expected 0 to 1')
+    if items.tids is None: raise ValueError(f'{items.name}: no tracklets are known')
     pids,new = items.pids.copy(),int(items.pids.max())+1
-    who = np.unique(np.stack([items.camids, items.pids]), axis=1).T
-    several = [(c, p, np.unique(items.tids[(items.camids==c) & (items.pids==p)]))
-               for c,p in who]
-    several = [x for x in several if len(x[2])>1]
-    n = round(share*len(several))
-    for i in rng_for(seed, 'fragments').permutation(len(several))[:n]:
-        c,p,tids = several[i]
-        pids[np.isin(items.tids, tids[len(tids)//2:]) & (items.pids==p)] = new+p
+    for c in np.unique(items.camids):
+        here = items.camids==c
+        several = [t for p in np.unique(items.pids[here]) if len(
+            t := np.unique(items.tids[here & (items.pids==p)]))>1]
+        order = rng_for(seed, 'fragments', c).permutation(len(several))
+        for i in order[:round(share*len(several))]:
+            last = several[i][len(several[i])//2:]
+            pids[np.isin(items.tids, last)],new = new,new+1
     return replace(items, pids=pids)
 
-# %% ../../nbs/43_padal.lab.ipynb #20c4a998
+# %% ../../nbs/43_padal.lab.ipynb #3e2924e6
 FRAGMENTS = (0, 10, 30, 50)
 
 def fragments(
@@ -247,7 +248,7 @@ def fragments(
     lost = lambda a: v[f'{a}, {FRAGMENTS[-1]} %']['mAP']-v[f'{a}, 0 %']['mAP']
     run.add({f'{a} keeps':dict(mAP=lost(a)) for a in arms})
 
-# %% ../../nbs/43_padal.lab.ipynb #28ee5648
+# %% ../../nbs/43_padal.lab.ipynb #acc3e100
 STYLES = {'nothing':(0., 0.), 'beside people, .5':(.5, 0.), 'beside people, 1':(1., 0.),
           'colours, 1':(0., 1.), 'colours, 2':(0., 2.)} # additive, style
 
@@ -262,7 +263,7 @@ def styles(
             data = lab_data(run, additive=additive, style=style)
             table2(run, *data, s, arms, f', {name}')
 
-# %% ../../nbs/43_padal.lab.ipynb #1ce69f67
+# %% ../../nbs/43_padal.lab.ipynb #88604857
 def two_cameras(
     run:Run # Filled with L_id and L_mp for two cameras
 ):
@@ -273,7 +274,7 @@ def two_cameras(
     arms = {'L_id':('id', {}), 'PADAL':('mp', dict(parts=3))}
     with quiet(): table2(run, train, SimpleNamespace(query=q, gallery=g), s, arms)
 
-# %% ../../nbs/43_padal.lab.ipynb #efb2eaf8
+# %% ../../nbs/43_padal.lab.ipynb #6c811337
 def step_cost(
     cameras:int, # How many
     variant:str, # A name of `VARIANTS`, not `'id'`
@@ -289,12 +290,14 @@ def step_cost(
     x = torch.randn(2*cameras, channels, *(places if maps else (1, 1)), device=device)
     camids = torch.arange(2*cameras, device=device) % cameras
     masks = part_masks(x, parts) if maps else None
-    kept,params = [],sum(p.numel() for p in d.parameters())
-    times = []
+    own = {p.data_ptr() for p in d.parameters()}
+    params,times = sum(p.numel() for p in d.parameters()),[]
+    def keep(t):
+        if t.data_ptr() not in own: kept.append(t.nbytes)
+        return t
     for _ in range(3): # the first one warms up
         start,kept = time.perf_counter(),[]
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             d.loss(d(x.requires_grad_(), masks), camids, masks).backward()
         if x.is_cuda: torch.cuda.synchronize()
         times.append(time.perf_counter()-start)
@@ -309,7 +312,7 @@ def cost(
         for name in ('a', 'm', 'mp'): run.arm(f'L_{name}, {n} cameras',
             lambda: step_cost(n, name, device=run.device))
 
-# %% ../../nbs/43_padal.lab.ipynb #fc5eaae5
+# %% ../../nbs/43_padal.lab.ipynb #0684bc72
 def train(
     run:Run, # Has settings (`variant` among them), device, folder
     d # With train, query and gallery, from `open_data`
@@ -321,7 +324,7 @@ def train(
         run.settings['variant'], run.settings, d.query, d.gallery, run.folder,
         run.resume, run.device)
 
-# %% ../../nbs/43_padal.lab.ipynb #7c957a97
+# %% ../../nbs/43_padal.lab.ipynb #c9821932
 def settings(
     kind:str, # `'drawn'` or `'real'` pictures
     preset:str|None=None, # `None`: the active one
@@ -333,7 +336,7 @@ def settings(
         f'variant {variant!r}: expected one of {tuple(VARIANTS)}')
     return padal_settings(kind, preset, **changes) | dict(variant=variant)
 
-# %% ../../nbs/43_padal.lab.ipynb #17d40e33
+# %% ../../nbs/43_padal.lab.ipynb #818fd6be
 PAPER = Paper('padal', 'Cameras as domains',
     'Kim et al.: people are labelled in each camera; a discriminator guesses the '
     'camera from the features, and its gradient is reversed. L_a has a '

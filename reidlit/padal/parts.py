@@ -26,6 +26,8 @@ def kmeans(
     x,centres = x-middle,start.to(x.dtype)-middle
     labels = torch.full(x.shape[:2], -1, device=x.device)
     done = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+    if not x.is_cuda and not x.isfinite().all():
+        raise ValueError('x: NaN or infinity')
     for _ in range(max_iter):
         new = _nearest(x, centres)
         moved = _means(x, new, centres)
@@ -107,8 +109,8 @@ def part_masks(
 def part_features(
     maps:torch.Tensor, # Feature maps `(N,C,h,w)`
     masks:torch.Tensor # From `part_masks` `(N,K,h,w)`
-)->torch.Tensor: # `(N,K,C)`; 0 for an empty part
+)->torch.Tensor: # `(N,K,C)` float32; 0 for an empty part
     "The mean feature of each part."
     check_shapes(maps=(maps, 'N C h w'), masks=(masks, 'N K h w'))
-    m = masks.flatten(2).to(maps.dtype)
-    return m@maps.flatten(2).transpose(1, 2)/m.sum(2, keepdim=True).clamp(min=1)
+    m,x = masks.flatten(2).float(),maps.flatten(2).transpose(1, 2).float()
+    return m@x/m.sum(2, keepdim=True).clamp(min=1)

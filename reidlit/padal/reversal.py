@@ -60,7 +60,11 @@ class GrowReversal(Callback):
     def __init__(self,
         most:float=1., # Strength at the end
         sharpness:float|None=10. # Of `reversal_strength`; `None`: all at once
-    ): self.most,self.sharpness = most,sharpness
+    ):
+        GradientReversal(most) # checks it
+        if sharpness is not None and not 0<sharpness<math.inf:
+            raise ValueError(f'sharpness={sharpness}: expected above 0, or None')
+        self.most,self.sharpness = most,sharpness
 
     def before_batch(self):
         part = 1. if self.sharpness is None else \
