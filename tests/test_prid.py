@@ -14,7 +14,7 @@ from reidlit.data.readers.prid import (ILIDS_DIRS, ilids_vid, prid2011,
 from reidlit.data.sets import (READERS, TRACKLETS, WRITERS, open_data,
                                read_sources)
 from reidlit.data.world import World
-from reidlit.data.writers import _mat_bytes
+from reidlit.data.writers import mat_bytes
 
 
 def touch(path):
@@ -47,7 +47,7 @@ def ilids_tree(root, people=(1, 2, 4, 7, 8), rows=None):
     for p in people: film(root, 1, p); film(root, 2, p)
     path = root/ILIDS_DIRS[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_mat_bytes('ls_set', orders(len(people)) if rows is None else rows))
+    path.write_bytes(mat_bytes('ls_set', orders(len(people)) if rows is None else rows))
     return root
 
 
@@ -213,7 +213,7 @@ def test_ilids_at_its_real_size(tmp_path):
         for cam in (1, 2): film(tmp_path, cam, p, (317,))
     path = tmp_path/ILIDS_DIRS[1]
     path.parent.mkdir()
-    path.write_bytes(_mat_bytes('ls_set', rows))
+    path.write_bytes(mat_bytes('ls_set', rows))
     s = ilids_vid(tmp_path, 7)
     check_trial(s, folders.tolist())
     assert set(s.query.pids) == set(folders[rows[7, :150]-1])

@@ -16,7 +16,7 @@ from reidlit.data.sets import (WILDTRACK, FrameSet, Grid, clip_box, crop_folder,
                                market1501, market_rows, mars, mars_rows,
                                read_json, read_mat, wildtrack,
                                wildtrack_cameras)
-from reidlit.data.writers import _mat_bytes, camera_xml
+from reidlit.data.writers import mat_bytes, camera_xml
 from reidlit.geometry import Camera
 
 
@@ -191,8 +191,8 @@ def mars_tree(root, tracks=TRACKS, query=((2,),)):
     info.mkdir()
     for k in ('train', 'test'):
         (info/f'{k}_name.txt').write_text('\n'.join(NAMES)+'\n')
-        (info/f'tracks_{k}_info.mat').write_bytes(_mat_bytes(f'track_{k}_info', tracks))
-    (info/'query_IDX.mat').write_bytes(_mat_bytes('query_IDX', query))
+        (info/f'tracks_{k}_info.mat').write_bytes(mat_bytes(f'track_{k}_info', tracks))
+    (info/'query_IDX.mat').write_bytes(mat_bytes('query_IDX', query))
     return root
 
 

@@ -9,7 +9,7 @@ __all__ = ['EmbeddingNet', 'triplet_gaps', 'hardest_triplets', 'TripletLoss', 'f
 import torch,torch.nn as nn
 from torch import Tensor
 from ..losses import batch_distances,batch_hard_triplet,triplet_masks
-from ..models import GAP,autocast,backbone,embedding_head
+from ..models import GAP,backbone,embedding_head
 
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #a8d23768
 class EmbeddingNet(nn.Module):
@@ -37,8 +37,10 @@ class EmbeddingNet(nn.Module):
             model='reidlit.crossdataset.triplet_mining:EmbeddingNet')
 
     def forward(self, x):
-        with autocast(x, self.dtype): maps = self.body(x)
-        with torch.autocast(x.device.type, enabled=False): # distances need all digits
+        device = x.device.type
+        with torch.autocast(device, self.dtype, enabled=bool(self.dtype)):
+            maps = self.body(x)
+        with torch.autocast(device, enabled=False): # distances need all digits
             return self.head(self.pool(maps))
 
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #ce23af68

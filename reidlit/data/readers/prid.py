@@ -11,12 +11,12 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from ...core import DataError,Dropped,ReidSet,rng_for,write_atomic
-from reidlit.data.readers.market import (Splits,_verified,check_layout,
-    list_images,read_names)
+from .market import (Splits,check_layout,
+    list_images,read_names,readable)
 from .mars import read_mat
 from .viper import as_splits,trial_mask
 from .wildtrack import read_json
-from ..writers import _mat_bytes,_save,writing
+from ..writers import mat_bytes,save_picture,writing
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #240bca63
 def _in_both(s, least, where, shared=np.inf):
@@ -53,7 +53,7 @@ def _films(root, dirs, pattern, name, example, verify):
     cams = np.array([dirs.index(below(p).split('/')[0]) for p in paths], int)
     s = ReidSet(paths, c['pid'], cams, 2*c['pid']+cams, c['frame'], name=name,
                 dropped=d)
-    if verify: s = _verified(s)
+    if verify: s = readable(s)
     for i,k in enumerate(dirs):
         if not (s.camids==i).any():
             raise DataError(root/k, f'shows nobody (dropped {d})',
@@ -167,7 +167,7 @@ def write_prid2011(
         for x,p,c in zip(s.images, s.pids, s.camids):
             folder = half/'multi_shot'/f'cam_{"ab"[c]}'/f'person_{p:04d}'
             seen[folder] += 1
-            _save(x, folder/f'{seen[folder]:04d}.png')
+            save_picture(x, folder/f'{seen[folder]:04d}.png')
     return Path(out)
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #9bb18ff0
@@ -188,8 +188,8 @@ def write_ilids_vid(
             for t in range(10)]
     with writing(out, 'ilids_vid', overwrite, dict(first_pid=1)) as half:
         films,lists = (half/o for o in ILIDS_DIRS)
-        write_atomic(lists, _mat_bytes('ls_set', rows))
+        write_atomic(lists, mat_bytes('ls_set', rows))
         for x,p,c,t in zip(s.images, s.pids, s.camids, s.frames):
             cam,who = f'cam{c+1}',f'person{p:03d}'
-            _save(x, films/cam/who/f'{cam}_{who}_{t:05d}.png')
+            save_picture(x, films/cam/who/f'{cam}_{who}_{t:05d}.png')
     return Path(out)
