@@ -21,6 +21,10 @@ def kmeans(
     K,P = start.shape[1],x.shape[1]
     if not 1<=K<=P:
         raise ValueError(f'{K} clusters of {P} places: expected 1 to {P}')
+    few = max(1, 2**18//(P*x.shape[2])) # pictures that fit in a CPU's cache
+    if not x.is_cuda and len(x)>few:
+        pairs = zip(x.split(few), start.split(few))
+        return tuple(map(torch.cat, zip(*[kmeans(*p, max_iter) for p in pairs])))
     x = x if x.dtype==torch.float64 else x.float()
     middle = x.mean(1, keepdim=True) # short vectors lose fewer digits
     x,centres = x-middle,start.to(x.dtype)-middle
