@@ -9,6 +9,7 @@ __all__ = ['SWEEPS', 'ALSO', 'SHARES', 'JOINS', 'PAPER', 'figures', 'map_models'
 from functools import partial
 import matplotlib.pyplot as plt
 from .._moved import moved_names
+from ..camera_labels import with_cameras
 from ..core import ReidSet
 from ..experiments import Claim,Experiment,Paper,Run,numbers
 from . import VARIANTS,fit_ics,ics_learner,ics_settings
@@ -93,8 +94,8 @@ def real_core(
 ):
     "Tables 2 and 3 on a real set whose labels are cut into cameras."
     s,d = ics_settings('real', run.preset, seed=run.seed),run.data()
-    size,train = tuple(s['size']),d.train
-    train = train[~(train.junk | train.distractor)].load(size)
+    size = tuple(s['size'])
+    train = with_cameras(d.train).load(size)
     test = [s.load(size) for s in (d.query, d.gallery)]
     with quiet():
         before = ics_learner(train, 'M1', s, device=run.device)
@@ -116,11 +117,9 @@ def train(
     d # With train, query and gallery, from `open_data`
 ): # The fitted learner of the last stage
     "A variant trained on somebody's pictures; `ValueError` without cameras."
-    if d.train.camids is None: raise ValueError(
-        f'{d.train.name}: no cameras are known; files may be named c1_0001.jpg')
-    return fit_ics(d.train[~(d.train.junk | d.train.distractor)],
-        run.settings['variant'], run.settings, query=d.query, gallery=d.gallery,
-        folder=run.folder, resume=run.resume, device=run.device).learn
+    return fit_ics(with_cameras(d.train), run.settings['variant'], run.settings,
+        query=d.query, gallery=d.gallery, folder=run.folder, resume=run.resume,
+        device=run.device).learn
 
 def settings(
     kind:str, # `'drawn'` or `'real'` pictures
