@@ -259,7 +259,7 @@ class TrackletSampler(PKSampler):
 
 # %% ../../nbs/05_data.sampling.ipynb #62c3c451
 class CameraSampler(BatchSampler):
-    "Batches of `k` tracklets of every camera, yielded as `(C*k, n)` rows."
+    "Batches of `k` tracklets of every camera, yielded as `(k*C, n)` rows."
     def __init__(self,
         camids, # Cameras `(N,)`, a row per picture
         tids=None, # Tracklets `(N,)`, each of one camera; `None`: single pictures
@@ -287,8 +287,8 @@ class CameraSampler(BatchSampler):
 
     def plan(self,
         epoch:int # From 0
-    )->np.ndarray: # Rows `(batches, C, k, n)`
+    )->np.ndarray: # Rows `(batches, k, C, n)`: any stretch has all cameras
         "The clips of one epoch, the same whenever it is asked."
         rng = rng_for(self.seed, 'cameras', epoch)
         hands = [deal(t, [self.k]*self.batches, rng) for t in self.tracks]
-        return _pick(self.clips, np.array(hands).swapaxes(0, 1), self.n, rng)
+        return _pick(self.clips, np.array(hands).transpose(1, 2, 0), self.n, rng)

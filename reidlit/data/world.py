@@ -510,7 +510,9 @@ def _crop(self:World, pid, c, t, size, min_visible):
     hidden = near & (far<far[p.pids==pid]) & (lap>1.3*(1-min_visible)*
                                               (me[2:]-me[:2]).prod())
     if hidden.any(): return None
-    p = p[near & (b[:, :2]<me[2:]).all(1) & (b[:, 2:]>me[:2]).all(1)]
+    wide = self._detect(me, pid, c, t) if self.additive else me # a loose box
+    lo,hi = np.minimum(me[:2], wide[:2]),np.maximum(me[2:], wide[2:]) # sees more
+    p = p[near & (b[:, :2]<hi).all(1) & (b[:, 2:]>lo).all(1)]
     V,faces,tight = self._seen(c, p)
     k,(h,w) = int(np.flatnonzero(p.pids==pid)[0]),size
     box = self._detect(tight[k], pid, c, t)
