@@ -507,10 +507,11 @@ def _crop(self:World, pid, c, t, size, min_visible):
     p = self.positions(t); b,near = self._near(c, p); i = p.pids==pid
     me,far = b[i][0],np.hypot(*(p.xy-self.cameras[c].center[:2]).T)
     lap = (np.minimum(b, me)[:, 2:] - np.maximum(b, me)[:, :2]).clip(0).prod(1)
-    hidden = near & (far<far[i]) & (lap>1.3*(1-min_visible)*(me[2:]-me[:2]).prod())
+    much = lap>1.3*(1-min_visible)*(me[2:]-me[:2]).prod()
+    hidden = near & (far<far[i]) & much
     if hidden.any(): return None
     box,arms = me,0
-    if self.additive: # a loose box sees more: exactly who is in it, arms and all
+    if self.additive: # a loose box sees more: all who are in it, arms too
         box = self._detect(self._seen(c, p[i])[2][0], pid, c, t)
         arms = .4*(b[:, 2:]-b[:, :2])
     there = (b[:, :2]-arms<box[2:]).all(1) & (b[:, 2:]+arms>box[:2]).all(1)
