@@ -72,7 +72,8 @@ def link_boxes(
     gap:int=16 # Frames that a step may skip
 )->np.ndarray: # Track of each box, from 0; -1 for outliers `(M,)`
     "Boxes grouped by looks, time and place; never two of one frame."
-    f = as_features(features).cpu().numpy(); frames = as_labels(frames, 'frames', len(f))
+    f = as_features(features).cpu().numpy()
+    frames = as_labels(frames, 'frames', len(f))
     far,ok = 1-f@f.T,can_follow(frames, boxes, speed)
     ok &= (far<=eps) & (np.abs(frames[:, None]-frames)<=gap)
     i,j = np.nonzero(np.triu(ok)); order = far[i, j].argsort(kind='stable')
@@ -192,7 +193,7 @@ def mine_tracks(
     **settings # For `mine_clip`: `how`, `every`, `size`, `eps`, ...
 )->list: # A `MinedClip` for each film that has at least one track
     "Tracks of unlabelled films; `DataError` if the folder holds others'."
-    name = lambda c: Path(getattr(c, 'path', None) or getattr(c, 'name', '') or 'film').name
+    name = lambda c: Path(getattr(c, 'path', '') or getattr(c, 'name', '') or 'film').name
     d,made = Dropped() if dropped is None else dropped,_made_by(model, settings)
     names = [f'{i:06}-{name(c)}' for i,c in enumerate(clips)]
     paths = [None if folder is None else Path(folder)/f'{n}.npz' for n in names]
