@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from reidlit.ics.memory import CameraMemory
+from reidlit.camera_memory import CameraMemory
 from reidlit.ics.quintuplet import quintuplet_loss
 
 MARKET = [652, 541, 694, 241, 576, 558]  # identities of each camera of Market-1501's training set

@@ -6,7 +6,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MODULES = { # old module: where its names are now
-    'association': ['ics.association'], 'memory': ['ics.memory'],
+    'association': ['ics.association'], 'memory': ['camera_memory'], 'ics.memory': ['camera_memory'],
     'quintuplet': ['ics.quintuplet'], 'ics_lab': ['ics.lab', 'ics.comparison'],
     'triplet_mining': ['crossdataset.triplet_mining'],
     'pul': ['crossdataset.progressive'], 'crossdataset_lab': ['crossdataset.lab'],

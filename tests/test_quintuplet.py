@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reidlit.ics.memory import CameraMemory
+from reidlit.camera_memory import CameraMemory
 from reidlit.ics.quintuplet import quintuplet_loss
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

@@ -99,7 +99,7 @@ def test_names_of_before_work_and_say_where_they_are():
         from reidlit.video import cut_films
     assert old is CameraMemory and PAPER['k'] == 4 and SETTINGS and fit_resumable and baseline_settings and cut_films
     text = ' '.join(str(w.message) for w in said)
-    for place in ('reidlit.ics.memory', 'reidlit.runs.fit', 'reidlit.ics.PUBLISHED', 'reidlit.video.cut_clips'):
+    for place in ('reidlit.camera_memory', 'reidlit.runs.fit', 'reidlit.ics.PUBLISHED', 'reidlit.video.cut_clips'):
         assert place in text
 
 

@@ -23,7 +23,7 @@ from ..data.augment import Augment
 from reidlit.learner import (ReidLearner,ReidLoaders,extract_features,fast_dtype,
     reid_learner)
 from ..losses import batch_hard_triplet
-from .memory import CameraMemory
+from ..camera_memory import CameraMemory
 from ..models import ReidModel,load_backbone
 from .quintuplet import quintuplet_loss
 from ..runs import check_folder,fit,make_settings,step_decay

@@ -10,7 +10,7 @@ import torch
 from ..camera_labels import camera_mean,check_ids
 from ..core import as_features,check_shapes
 from ..losses import batch_distances,margin_loss,triplet_masks
-from .memory import CameraMemory
+from ..camera_memory import CameraMemory
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #3519e377
 def _in_batch(g, labels, cameras, margin):
