@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from fastai.optimizer import Adam,SGD
-from ..core import as_boxes,default_device,seed_all
+from ..core import as_boxes,default_device,logger,seed_all
 from ..data.sets import FrameSet
 from ..detection.detectors import Detections,to_images
 from ..detection.fcos import fcos_losses
@@ -142,6 +142,7 @@ class IdentityLoss(nn.Module):
             return F.cross_entropy(self.classes(points)/self.temperature, ids)
         if self.kind=='memory':
             loss = self.memory.loss(points, ids)
+            self.memory.centroids = self.memory.centroids.clone() # loss keeps the old
             self.memory.update(points.detach(), ids)
             return loss
         q = self.queue.latest(self.short if warm else None)
@@ -288,6 +289,8 @@ def fit_idfree(
 )->IdfreeFit:
     "A detector that knows people again, trained in the stages of section 4."
     s,device = settings or idfree_settings(),default_device(device)
+    films = list(films)
+    if films and not s['weight']: raise ValueError('weight=0: films teach nothing then')
     at = lambda name: None if folder is None else Path(folder)/name
     if folder is not None: check_folder(folder, resume)
     seed_all(s['seed']); history = {}
@@ -298,11 +301,13 @@ def fit_idfree(
         learn = stage_learner(detector, 'images', pairs, s, device)
         _fit_stage(learn, s['steps'][0], at('images'), s, resume, stop_after)
         history['images'] = learn.loss_history.history
-    mined = list(films)
+    mined = films
     if mined and not isinstance(mined[0], MinedClip):
         mined = mine_tracks(detector.to(device), mined, at('tracks'), jobs,
             how=s['how'], every=s['every'], size=s['size'], sure=s['sure'],
             eps=s['eps'], least=s['least'])
+    if films and not mined: logger.warning(
+        'no track in %d films: stages video and head are left out', len(films))
     if mined:
         data = FramePairs(mined, s['sample'], s['transforms'], size=s['size'])
         for stage,d,steps in zip(PHASES[1:], (data, images), s['steps'][1:]):

@@ -1,0 +1,146 @@
+"ID-free training: rivals of the loss, what films may be, and going on after a stop in any stage."
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reidlit import idfree
+from reidlit.core import DataError
+from reidlit.data.world import World
+from reidlit.detection.detectors import Detections
+from reidlit.detection.training import world_frames
+from reidlit.idfree import (LOSSES, FramePairs, IdentityLoss, PointID, SimilarityLoss, ViewPairs, fit_idfree, idfree_settings,
+                            pair_batch, search_person, stage_learner)
+from reidlit.idfree.mining import MinedClip
+from reidlit.learner import quiet
+from reidlit.runs import load_model
+
+
+@pytest.fixture(scope='module')
+def world(): return World(30, 2, 3, 'ring', style=.3, crowd=8, size=(160, 96))
+
+
+@pytest.fixture(scope='module')
+def photos(world): return world_frames(world, [0], [100, 700, 1300])
+
+
+@pytest.fixture(scope='module')
+def track(world):
+    f = world_frames(world, [1], range(300, 332, 4))
+    return MinedClip('film', f.row, f.xyxy, np.unique(f.pids, return_inverse=True)[1], f)
+
+
+@pytest.fixture
+def small(): return idfree_settings('drawn', 'ci', size=(96, 160), bs=2)
+
+
+def weights(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize('kind', LOSSES)
+def test_every_loss_pulls_a_person_together(kind):
+    torch.manual_seed(0)
+    loss, x = IdentityLoss(8, 4, kind, queue=16), torch.nn.Parameter(torch.randn(16, 8))
+    ids, views = torch.arange(4).repeat(4), torch.arange(4).repeat_interleave(4)
+    opt = torch.optim.Adam([x, *loss.parameters()], .05)
+    for _ in range(60):
+        opt.zero_grad()
+        loss(F.normalize(x, dim=1), ids, views).backward()
+        opt.step()
+    s = F.normalize(x, dim=1).detach()
+    s, same = s@s.T, ids[:, None]==ids
+    assert s[same].mean()-s[~same].mean()>.7
+
+
+def test_unknown_people_are_boxes_and_no_anchors(photos, small):
+    some = np.where(np.arange(len(photos.row)) % 2, photos.pids, -1)
+    data = ViewPairs(photos, some, size=small['size'])
+    frames, targets, ids = batch = pair_batch([data[0], data[1]])
+    loss = SimilarityLoss(IdentityLoss(128, queue=64))
+    net = PointID('tiny')
+    for _ in range(2): out = loss(net, *batch)
+    assert set(loss.identity.queue.latest()[1].tolist()) <= set(some[some>=0].tolist())
+    assert [len(t) for t in targets]==[len(i) for i in ids] and out['identity']>0
+    nobody = ViewPairs(photos, np.full(len(photos.row), -1), size=small['size'])
+    out = SimilarityLoss(IdentityLoss(128, queue=64))(net, *pair_batch([nobody[0]]))
+    assert out['identity']==0 and out['loss_class']>0
+
+
+@pytest.mark.parametrize('change', [dict(loss='memory'), dict(loss='classifier'), dict(sample='random'), dict(sample='one'),
+                                    dict(optimiser='sgd', lr=.01), dict(both=True)])
+def test_each_variant_goes_through_all_stages(change, photos, track, small):
+    with quiet(): f = fit_idfree(photos, [track], small | change, ids=photos.pids, device='cpu')
+    assert list(f.history)==['images', 'video', 'head']
+    assert weights(f.detector).isfinite().all()
+
+
+def test_detection_alone_sees_no_films(photos, track, small):
+    with quiet(): f = fit_idfree(photos, (), small | dict(weight=0.), device='cpu')
+    assert list(f.history)==['images'] and 'identity' not in f.history['images'][0]
+    with pytest.raises(ValueError, match='weight=0'): fit_idfree(photos, [track], small | dict(weight=0.), device='cpu')
+
+
+def test_a_batch_of_identity_alone_has_no_loss_without_people(track, small):
+    empty = MinedClip('e', track.row, track.xyxy, track.labels, np.zeros((8, 96, 160, 3), np.uint8))
+    frames, targets, ids = pair_batch([FramePairs([empty])[0]])
+    none = [Detections([]) for _ in targets]
+    out = SimilarityLoss(IdentityLoss(128, queue=8), detect=False)(PointID('tiny'), frames, none, [i[:0] for i in ids])
+    assert out['identity']==0
+    out['identity'].backward()
+
+
+@pytest.mark.parametrize('stage', ['images', 'video', 'head'])
+def test_a_stop_in_any_stage_is_gone_on_from(stage, photos, track, small, tmp_path, monkeypatch):
+    with quiet(): whole = fit_idfree(photos, [track], small | dict(steps=(4, 2, 2)), device='cpu')
+    real = idfree._fit_stage
+
+    def stops(learn, steps, folder, s, resume, stop_after):
+        return real(learn, steps, folder, s, resume, 1 if folder.name==stage else None)
+    monkeypatch.setattr(idfree, '_fit_stage', stops)
+    s = small | dict(steps=(4, 2, 2))
+    with quiet():
+        with pytest.raises(KeyboardInterrupt): fit_idfree(photos, [track], s, folder=tmp_path, device='cpu')
+        monkeypatch.setattr(idfree, '_fit_stage', real)
+        with pytest.raises(DataError, match='holds a checkpoint'): fit_idfree(photos, [track], s, folder=tmp_path, device='cpu')
+        again = fit_idfree(photos, [track], s, folder=tmp_path, resume=True, device='cpu')
+    assert torch.equal(weights(again.detector), weights(whole.detector))
+    back, info = load_model(tmp_path, 'cpu')
+    assert torch.equal(weights(back), weights(again.detector)) and info['settings']['steps']==[4, 2, 2]
+
+
+def test_films_without_a_track_are_reported(photos, small, caplog):
+    films = [np.zeros((6, 96, 160, 3), np.uint8)]
+    with quiet(), caplog.at_level(logging.WARNING, 'reidlit'):
+        f = fit_idfree(photos, films, small | dict(sure=.99), device='cpu')
+    assert list(f.history)==['images'] and f.mined==[]
+    assert 'no track in 1 films' in caplog.text
+
+
+def test_the_head_is_frozen_while_films_are_seen(track, small):
+    net = PointID('tiny')
+    with quiet():
+        learn = stage_learner(net, 'video', FramePairs([track, track], size=small['size']), small, 'cpu')
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        learn.fit(2)
+    after = net.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith('head'))
+    assert not torch.equal(before['encoder.out.weight'], after['encoder.out.weight'])
+
+
+def test_search_skips_empty_frames_and_names_bad_boxes(photos):
+    class Picky(PointID):
+        def find(self, images, least, **kw):
+            n = int(images.mean()>.05)
+            b = np.float32([[0, 0, 20, 40]]*n).reshape(-1, 4)
+            return [(Detections(b), np.float32(np.ones((n, 128))/128**.5))]
+    net = Picky('tiny')
+    frames = [photos.images[0], np.zeros_like(photos.images[0]), photos.images[1]]
+    hits = search_person(net, frames[0], [10, 10, 30, 60], frames)
+    assert sorted(h.frame for h in hits)==[0, 2]
+    assert len(search_person(net, frames[0], [10, 10, 30, 60], frames, top=1))==1
+    assert search_person(net, frames[0], [10, 10, 30, 60], [])==[]
+    assert np.allclose(search_person(net, frames[0], [10, 10, 30, 60], frames[:1], size=(48, 80))[0].box, [0, 0, 40, 80])
+    for bad in ([10, 10, 5, 60], [0, 0, np.nan, 4], [1, 2, 3]):
+        with pytest.raises(ValueError, match='box'): search_person(net, frames[0], bad, frames)
