@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..camera_memory import CameraMemory
 from ..core import as_features,check_shapes
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #3971d00b
+# %% ../../nbs/50_idfree.contrastive.ipynb #ad2b6e44
 class _Rivals(torch.autograd.Function):
     "ln of the sum of `exp(a n)` over rows `n` of other people `(P,)`."
     @staticmethod
@@ -48,7 +48,6 @@ def _unit(x, name):
         f'{name}: row {i} has length {length[i]:.3g}, expected 1')
     return x
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #273fd14b
 def dense_contrastive_loss(
     points:torch.Tensor, # Unit features of points in boxes `(P,D)`, all views
     ids:torch.Tensor, # Their persons' numbers `(P,)`
@@ -73,19 +72,20 @@ def dense_contrastive_loss(
         loss = each.sum()/anchors.clamp(min=1)
     return (loss,_measured(x, pair, ids, q, queue_ids)) if stats else loss
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #58f6f004
+# %% ../../nbs/50_idfree.contrastive.ipynb #facf1de9
 @torch.no_grad()
 def _measured(x, pair, ids, q, queue_ids):
     "Anchors, similarities, and the loss of features that are all alike."
-    known = queue_ids.sort().values # how many rows of the queue are one's own
-    own = torch.searchsorted(known, ids, right=True)-torch.searchsorted(known, ids)
+    known = queue_ids.sort().values # how many of its rows are one's own
+    to = torch.searchsorted(known, ids, right=True)
+    own = to-torch.searchsorted(known, ids)
     on = pair.any(1); n = on.sum().clamp(min=1)
     chance = torch.where(on, (len(q)-own).to(x.dtype).log1p(), 0.).sum()/n
     together = torch.where(pair, x@x.T, 0.).sum()/pair.sum().clamp(min=1)
     apart = x.mean(0)@q.to(x.dtype).mean(0) if len(x) and len(q) else x.sum()*0
     return dict(anchors=on.sum(), positive=together, queue=apart, chance=chance)
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #9b84bd80
+# %% ../../nbs/50_idfree.contrastive.ipynb #fcf5f114
 @torch.no_grad()
 def person_means(
     points:torch.Tensor, # Unit features of points `(P,D)`
@@ -97,9 +97,10 @@ def person_means(
     check_shapes(points=(points, 'P D'), ids=(ids, 'P'), views=(views, 'P'))
     key,i = torch.stack([ids, views], 1).unique(dim=0, return_inverse=True)
     x = as_features(points, 'points') # in 32 bits
-    return F.normalize(x.new_zeros(len(key), x.shape[1]).index_add_(0, i, x)),key[:, 0]
+    total = x.new_zeros(len(key), x.shape[1]).index_add_(0, i, x)
+    return F.normalize(total),key[:, 0]
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #16c5dead
+# %% ../../nbs/50_idfree.contrastive.ipynb #9b84bd80
 class EmbeddingQueue(nn.Module):
     "The latest embeddings of people, one a person and view: the negatives."
     def __init__(self,
@@ -117,11 +118,12 @@ class EmbeddingQueue(nn.Module):
     def extra_repr(self):
         return f'{len(self)} of {len(self.ids)} rows, dim={self.feats.shape[1]}'
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #f663558e
+# %% ../../nbs/50_idfree.contrastive.ipynb #16c5dead
 def _of_all(x):
     "The rows of all processes, in the order of their ranks."
     if not dist.is_initialized(): return x
-    n = [x.new_zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    others = range(dist.get_world_size())
+    n = [x.new_zeros(1, dtype=torch.int64) for _ in others]
     dist.all_gather(n, torch.tensor([len(x)], device=x.device))
     most = int(max(n))
     if not most: return x
@@ -139,7 +141,8 @@ def enqueue(self:EmbeddingQueue,
 )->None: # Nothing; the oldest rows are overwritten
     "Adds a row for each person and view; `ValueError` for NaN, bad numbers."
     check_shapes(points=(points, f'P {self.feats.shape[1]}'))
-    if (ids<0).any(): raise ValueError(f'ids: {int(ids.min())}, expected 0 or more')
+    if (ids<0).any():
+        raise ValueError(f'ids: {int(ids.min())}, expected 0 or more')
     feats,ids = map(_of_all, person_means(_unit(points, 'points'), ids, views))
     n,size = len(ids),len(self.ids)
     at = (self.written+torch.arange(n, device=ids.device))[-size:] % size
@@ -147,7 +150,7 @@ def enqueue(self:EmbeddingQueue,
     self.ids[at] = ids[-size:]
     self.written += n
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #9a9a6d5b
+# %% ../../nbs/50_idfree.contrastive.ipynb #f663558e
 @patch
 def latest(self:EmbeddingQueue,
     limit:int|None=None # At most so many, the newest; `None`: all
@@ -160,7 +163,7 @@ def latest(self:EmbeddingQueue,
     at = (self.written-new) % len(self.ids)
     return self.feats[at],self.ids[at]
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #75c20cd9
+# %% ../../nbs/50_idfree.contrastive.ipynb #1b156412
 @torch.no_grad()
 def nearest_points(
     ids:torch.Tensor, # Persons' numbers of the points `(P,)`
@@ -171,10 +174,10 @@ def nearest_points(
     check_shapes(ids=(ids, 'P'), views=(views, 'P'), distance=(distance, 'P'))
     key,i = torch.stack([ids, views], 1).unique(dim=0, return_inverse=True)
     order = distance.argsort(stable=True); rank = order.argsort()
-    first = rank.new_full((len(key),), len(ids)).scatter_reduce(0, i, rank, 'amin')
-    return order[first]
+    first = rank.new_full((len(key),), len(ids))
+    return order[first.scatter_reduce(0, i, rank, 'amin')]
 
-# %% ../../nbs/50_idfree.contrastive.ipynb #943e4ae8
+# %% ../../nbs/50_idfree.contrastive.ipynb #e7fcc8b7
 def identity_memory(
     people:int, # How many are labelled; their numbers go from 0
     dim:int, # Length of a feature

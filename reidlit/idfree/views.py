@@ -12,24 +12,25 @@ import cv2,numpy as np,torch
 from ..core import as_boxes,check_shapes
 from ..data.augment import GREY,MEAN,erasing_boxes,line_kernel
 
-# %% ../../nbs/50a_idfree.views.ipynb #d525350f
+# %% ../../nbs/50a_idfree.views.ipynb #8d6568e2
 def view_matrix(
     size:tuple, # `(H,W)` of frame and view, pixels
     degrees:float=0., # Turn about the middle, counter-clockwise
-    window:tuple=(0., 0., 1.), # What is kept: left, top, side; shares of the frame
+    window:tuple=(0., 0., 1.), # Left, top, side of what is kept; shares
     mirror:bool=False # Left for right, at last
 )->np.ndarray: # `(3,3)`, from the frame's pixels to the view's
     "Turn, then cut and enlarge, then mirror, as one matrix."
     (H,W),(left,top,side) = size,window
     if not (side>0 and 0<=left<=1-side+1e-9 and 0<=top<=1-side+1e-9):
         raise ValueError(f'window={tuple(window)}: not inside the frame')
-    turn = np.eye(3); turn[:2] = cv2.getRotationMatrix2D((W/2, H/2), degrees, 1.)
+    turn = np.eye(3)
+    turn[:2] = cv2.getRotationMatrix2D((W/2, H/2), degrees, 1.)
     cut = np.array([[1, 0, -left*W], [0, 1, -top*H], [0, 0, side]])/side
     flip = np.diag([-1., 1, 1]) if mirror else np.eye(3)
     flip[0, 2] = W if mirror else 0
     return flip@cut@turn
 
-# %% ../../nbs/50a_idfree.views.ipynb #ed25c282
+# %% ../../nbs/50a_idfree.views.ipynb #de053771
 def warp_frame(
     frame, # `(H,W,3)` uint8
     A # From its pixels to the view's `(3,3)`
@@ -50,7 +51,7 @@ def warp_boxes(
     p = corners@A[:2, :2].T + A[:2, 2]
     return np.concatenate([p.min(1), p.max(1)], 1).astype(np.float32)
 
-# %% ../../nbs/50a_idfree.views.ipynb #8c514596
+# %% ../../nbs/50a_idfree.views.ipynb #86048e6b
 TRANSFORMS = 'rotation','zoom','mirror','occlusion','color','video'
 
 @dataclass
@@ -79,10 +80,12 @@ class ViewSettings:
                 if not 0<=(v := getattr(self, k))<=most:
                     raise ValueError(f'{k}={v}: expected 0 to {most}')
         for k,ok in (('least', self.least>0), ('length', self.length>=1),
-            ('sigma', self.sigma>=0), ('area', 0<=self.area[0]<=self.area[1]<=1)):
-            if not ok: raise ValueError(f'{k}={getattr(self, k)}: out of range')
+            ('sigma', self.sigma>=0),
+            ('area', 0<=self.area[0]<=self.area[1]<=1)):
+            if not ok:
+                raise ValueError(f'{k}={getattr(self, k)}: out of range')
 
-# %% ../../nbs/50a_idfree.views.ipynb #9608509a
+# %% ../../nbs/50a_idfree.views.ipynb #a91fdd94
 def _inside(boxes, size):
     "Boxes cut at the border, and the share of each that is left."
     H,W = size
@@ -99,16 +102,18 @@ def _window(rng, zoom):
 def _move(boxes, size, rngs, names, s):
     "A matrix, the boxes in the view, and which ones stay."
     mirror = 'mirror' in names and rngs['mirror'].random()<s.mirror
+    there = (boxes[:, 2:]>boxes[:, :2]).all(1) # is any of it in the frame?
     for last in [False]*10+[True]:
         turn = rngs['rotation'].uniform(-1, 1)*s.rotation*('rotation' in names)
         window = _window(rngs['zoom'], s.zoom*('zoom' in names))
-        A = view_matrix(size, 0. if last else turn, (0, 0, 1) if last else window, mirror)
+        if last: turn,window = 0.,(0, 0, 1)
+        A = view_matrix(size, turn, window, mirror)
         new,share = _inside(warp_boxes(boxes, A), size)
-        rows = np.flatnonzero(share>=s.least)
-        if len(rows) or not len(boxes): break
+        rows = np.flatnonzero(there & (share>=s.least))
+        if len(rows) or not there.any(): break
     return A,new[rows],rows
 
-# %% ../../nbs/50a_idfree.views.ipynb #63035808
+# %% ../../nbs/50a_idfree.views.ipynb #ff28e85f
 def _occlude(frame, boxes, rng, s):
     "The frame with a patch of noise on some of the people."
     frame = frame.copy()
@@ -116,23 +121,28 @@ def _occlude(frame, boxes, rng, s):
         if rng.random()>=s.occlusion: continue
         u = torch.from_numpy(rng.random((1, 10, 4)))
         t,l,h,w = erasing_boxes(u, (y2-y1, x2-x1), s.area)[0].tolist()
-        frame[y1+t:y1+t+h, x1+l:x1+l+w] = rng.integers(0, 256, (h, w, 3), np.uint8)
+        noise = rng.integers(0, 256, (h, w, 3), np.uint8)
+        frame[y1+t:y1+t+h, x1+l:x1+l+w] = noise
     return frame
 
+# %% ../../nbs/50a_idfree.views.ipynb #b27db204
 def _recolor(frame, rng, s):
     "The frame in other light, by one matrix on colours."
-    b,c,k = 1+np.array([s.brightness, s.contrast, s.saturation])*rng.uniform(-1, 1, 3)
+    most = np.array([s.brightness, s.contrast, s.saturation])
+    b,c,k = 1+most*rng.uniform(-1, 1, 3)
     M = b*c*(k*np.eye(3)+(1-k)*np.ones((3, 1))*GREY)
     mean = b*np.dot(GREY, cv2.mean(frame)[:3])
     return cv2.transform(frame, np.c_[M, np.full(3, (1-c)*mean)])
 
+# %% ../../nbs/50a_idfree.views.ipynb #da423ed3
 def _film(frame, rng, s):
     "The frame as a moving, saving video camera delivers it."
     blurred,motion,u,v = rng.random(4)
     if blurred<s.blur and motion<.5:
         k = line_kernel(torch.tensor([1+u*(s.length-1)]),
             torch.tensor([(2*v-1)*s.angle]), 2*int(np.ceil(s.length/2))+1)[0]
-        frame = cv2.filter2D(frame, -1, k.float().numpy(), borderType=cv2.BORDER_REPLICATE)
+        frame = cv2.filter2D(frame, -1, k.float().numpy(),
+                             borderType=cv2.BORDER_REPLICATE)
     elif blurred<s.blur and u*s.sigma>.1: # less is nothing
         frame = cv2.GaussianBlur(frame, (0, 0), u*s.sigma)
     quality = int(100-rng.integers(s.compression+1))
@@ -140,7 +150,7 @@ def _film(frame, rng, s):
     code = cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return cv2.cvtColor(cv2.imdecode(code, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
-# %% ../../nbs/50a_idfree.views.ipynb #da423ed3
+# %% ../../nbs/50a_idfree.views.ipynb #89f780ca
 class View(NamedTuple):
     "A frame as it is shown to the network, and who is where in it."
     frame:np.ndarray # `(H,W,3)` uint8
@@ -148,9 +158,10 @@ class View(NamedTuple):
     rows:np.ndarray # Which of the frame's boxes these are `(M,)` int64
 
 def _checked(frame, boxes, names):
-    "The boxes cut at the border; `ValueError` for what is no frame, box or name."
+    "The boxes cut at the border; `ValueError` for no frame, box or name."
     check_shapes(frame=(frame, 'H W 3'))
-    if frame.dtype!=np.uint8: raise ValueError(f'frame is {frame.dtype}: expected uint8')
+    if frame.dtype!=np.uint8:
+        raise ValueError(f'frame is {frame.dtype}: expected uint8')
     if isinstance(names, str) or (odd := set(names)-set(TRANSFORMS)):
         raise ValueError(f'names={names!r}: expected some of {TRANSFORMS}')
     return _inside(as_boxes(boxes), frame.shape[:2])[0]
@@ -173,7 +184,7 @@ def augment_view(
     if 'video' in names: frame = _film(frame, own['video'], s)
     return View(frame, new, rows)
 
-# %% ../../nbs/50a_idfree.views.ipynb #89f780ca
+# %% ../../nbs/50a_idfree.views.ipynb #7a4ebf83
 def two_views(
     frame, # `(H,W,3)` uint8
     boxes, # xyxy of people `(N,4)`; what is outside the frame is cut off
@@ -181,7 +192,7 @@ def two_views(
     names=TRANSFORMS, # Which changes, of `TRANSFORMS`
     settings:ViewSettings|None=None, # Strengths; `None`: defaults
     both:bool=False # Change the first view too?
-)->tuple: # Two `View`s of one size; a plain one has the frame itself, not a copy
+)->tuple: # Two `View`s; a plain one has the frame itself, not a copy
     "A frame twice; `ValueError` names what is wrong with the input."
     second = augment_view(frame, boxes, rng, names, settings)
     if both: return augment_view(frame, boxes, rng, names, settings),second
