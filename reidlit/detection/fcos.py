@@ -6,7 +6,7 @@
 __all__ = ['map_points', 'nearest_points', 'centreness', 'PointTargets', 'point_targets', 'HeadOutput', 'FcosHead', 'fcos_losses',
            'fcos_detections']
 
-# %% ../../nbs/14e_detection.fcos.ipynb #5639da1e
+# %% ../../nbs/14e_detection.fcos.ipynb #c927fbac
 import math
 from typing import NamedTuple
 import torch,torch.nn as nn,torch.nn.functional as F
@@ -15,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss,nms,sigmoid_focal_loss
 from ..core import as_boxes
 from .detectors import Detections
 
-# %% ../../nbs/14e_detection.fcos.ipynb #053dba32
+# %% ../../nbs/14e_detection.fcos.ipynb #20d57874
 def map_points(
     size:tuple, # `(h,w)` of the map
     stride:int, # Pixels from point to point
@@ -28,7 +28,7 @@ def map_points(
     y,x = ((torch.arange(n, device=device)+.5)*stride for n in (h, w))
     return torch.stack([x.repeat(h), y.repeat_interleave(w)], 1)
 
-# %% ../../nbs/14e_detection.fcos.ipynb #e8a667cd
+# %% ../../nbs/14e_detection.fcos.ipynb #2bd79911
 def nearest_points(
     boxes, # xyxy in pixels `(N,4)`
     size:tuple, # `(h,w)` of the map
@@ -41,7 +41,7 @@ def nearest_points(
     h,w = size
     return (y.clamp(0, h-1)*w + x.clamp(0, w-1)).to(device)
 
-# %% ../../nbs/14e_detection.fcos.ipynb #f3d3c5b5
+# %% ../../nbs/14e_detection.fcos.ipynb #9899737d
 def centreness(
     ltrb:Tensor # Pixels to the left, upper, right, lower side `(...,4)`
 )->Tensor: # `(...,)`: 1 in the middle, 0 at the border and outside
@@ -49,7 +49,7 @@ def centreness(
     part = lambda d: d.amin(-1).clamp(min=0)/d.amax(-1).clamp(min=1e-9)
     return (part(ltrb[..., 0::2])*part(ltrb[..., 1::2])).sqrt()
 
-# %% ../../nbs/14e_detection.fcos.ipynb #637f6eb4
+# %% ../../nbs/14e_detection.fcos.ipynb #98724c90
 class PointTargets(NamedTuple):
     "What the points of one frame are to say, row by row of the map."
     person:Tensor # Row of the box a point belongs to `(P,)` int64, or -1
@@ -79,7 +79,7 @@ def point_targets(
     ltrb = ltrb*(person>=0)[:, None]
     return PointTargets(person, ltrb, centreness(ltrb))
 
-# %% ../../nbs/14e_detection.fcos.ipynb #527609a6
+# %% ../../nbs/14e_detection.fcos.ipynb #dd6b734c
 def _central(points, boxes, size, reach):
     "Is each point in the centre region of each box? `(P,N)` bool"
     def one(p, low, high): # along one axis `(n,N)`
@@ -90,7 +90,7 @@ def _central(points, boxes, size, reach):
     rows,columns = one(points[::w, 1], y1, y2),one(points[:w, 0], x1, x2)
     return (rows[:, None] & columns).flatten(0, 1)
 
-# %% ../../nbs/14e_detection.fcos.ipynb #fa3b7307
+# %% ../../nbs/14e_detection.fcos.ipynb #9877d616
 class HeadOutput(NamedTuple):
     "What a head says at each point of N maps."
     classes:Tensor # Is it a person? `(N,1,h,w)`, before the sigmoid
@@ -122,7 +122,7 @@ class FcosHead(nn.Module):
         return HeadOutput(self.classes(kind).float(), self.stride*far.exp(),
                           self.centre(place).float())
 
-# %% ../../nbs/14e_detection.fcos.ipynb #35159136
+# %% ../../nbs/14e_detection.fcos.ipynb #0d38d8f0
 def fcos_losses(
     out:HeadOutput, # Of N frames
     targets:list # `PointTargets` of each
@@ -145,7 +145,7 @@ def fcos_losses(
             reduction='sum'))
     return {k:v/total for k,v in losses.items()}
 
-# %% ../../nbs/14e_detection.fcos.ipynb #40451a10
+# %% ../../nbs/14e_detection.fcos.ipynb #47759cb3
 @torch.no_grad()
 def fcos_detections(
     out:HeadOutput, # Of N frames

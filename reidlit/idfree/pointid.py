@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['STAGES', 'DeformConv', 'Stages', 'PointEncoder', 'PointOutput', 'PointID']
 
-# %% ../../nbs/51_idfree.pointid.ipynb #372d21c0
-from functools import partial
+# %% ../../nbs/51_idfree.pointid.ipynb #f9095eb3
 from typing import NamedTuple
 import timm,torch,torch.nn as nn,torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from torchvision.ops import DeformConv2d
 from ..data.augment import MEAN,STD
-from ..detection.detectors import MAKERS,TINY,Detections,Detector
-from ..detection.fcos import (FcosHead,HeadOutput,fcos_detections,fcos_losses,
-    nearest_points,point_targets)
+from ..detection.detectors import MAKERS,TINY,Detector
+from ..detection.fcos import (FcosHead,HeadOutput,fcos_detections,
+    fcos_losses,nearest_points,point_targets)
 from ..detection.yolo_grids import pad_frames
 from ..models import TinyNet,load_backbone,match_weights,read_weights
 
-# %% ../../nbs/51_idfree.pointid.ipynb #d98c2579
+# %% ../../nbs/51_idfree.pointid.ipynb #59542f0e
 def _deform(x, move, count, weight):
     "What `deform_conv2d` of 3 x 3 places gives, several times faster on CPUs."
     h,w = x.shape[-2:]
@@ -30,9 +29,10 @@ def _deform(x, move, count, weight):
     where = torch.stack([(2*px+1)/w-1, (2*py+1)/h-1], -1).flatten(1, 2)
     seen = F.grid_sample(x, where, align_corners=False) # `(N,C,9*h,w)`
     seen = seen.unflatten(2, (9, h))*count[:, None]
-    return (weight.flatten(1)@seen.flatten(1, 2).flatten(2)).unflatten(2, (h, w))
+    seen = seen.flatten(1, 2).flatten(2) # `(N,C*9,h*w)`
+    return (weight.flatten(1)@seen).unflatten(2, (h, w))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #2c6fec76
+# %% ../../nbs/51_idfree.pointid.ipynb #e63d407d
 class DeformConv(nn.Module):
     "3x3 convolution whose places move and count: `(N,C,h,w)` to `(N,C',h,w)`."
     def __init__(self,
@@ -45,17 +45,17 @@ class DeformConv(nn.Module):
         nn.init.zeros_(self.where.weight); nn.init.zeros_(self.where.bias)
 
     def places(self, x):
-        "How the nine places move, y before x `(N,18,h,w)`, and count `(N,9,h,w)`."
-        move,count = self.where(x).to(self.conv.weight.dtype).split((18, 9), 1)
+        "How places move, y before x `(N,18,h,w)`, and count `(N,9,h,w)`."
+        move,count = self.where(x).split((18, 9), 1)
         return move,2*count.sigmoid()
 
     def forward(self, x):
-        places,w = self.places(x),self.conv.weight
+        w = self.conv.weight
+        args = [a.to(w.dtype) for a in (x, *self.places(x))]
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(w.dtype)
-            return self.conv(x, *places) if x.is_cuda else _deform(x, *places, w)
+            return self.conv(*args) if x.is_cuda else _deform(*args, w)
 
-# %% ../../nbs/51_idfree.pointid.ipynb #cf927b08
+# %% ../../nbs/51_idfree.pointid.ipynb #da01f46f
 STAGES = { # backbone to its layers, their strides, their channels
     **{n:('0123', (2, 4, 8, 16), c) for n,c in TINY.items()},
     'resnet50':(('layer1', 'layer2', 'layer3', 'layer4'), (4, 8, 16, 32),
@@ -64,22 +64,24 @@ STAGES = { # backbone to its layers, their strides, their channels
              (64, 128, 256, 512))}
 
 def _network(name, weights):
-    "A backbone whose children are its layers; weights as `load_backbone` has them."
+    "A backbone whose children are its layers, with weights if asked for."
     if name=='resnet50': return load_backbone(name, weights, 2)
     if weights=='hub' and name=='dla34':
         try: return timm.create_model(name, pretrained=True)
-        except Exception as e: raise ConnectionError(f'weights of {name} could not be '
-            f'downloaded ({type(e).__name__}); give a file') from None
+        except Exception as e: raise ConnectionError(
+            f'weights of {name} could not be downloaded ({type(e).__name__}); '
+            'give a file') from None
     if weights in ('hub', 'pip'):
         raise ValueError(f'weights={weights!r}: there are none for {name}')
     net = TinyNet(TINY[name], 2) if name in TINY else timm.create_model(name)
     if weights not in (None, 'none'):
-        net.load_state_dict(match_weights(read_weights(weights), net.state_dict()))
+        state = match_weights(read_weights(weights), net.state_dict())
+        net.load_state_dict(state)
     return net
 
-# %% ../../nbs/51_idfree.pointid.ipynb #f70fd42c
+# %% ../../nbs/51_idfree.pointid.ipynb #4e42e4fb
 class Stages(nn.Sequential):
-    "A backbone's maps of a stride and coarser, from `(N,3,H,W)`, the finest first."
+    "A backbone's maps from `stride` on, the finest first, of `(N,3,H,W)`."
     def __init__(self,
         name:str='resnet50', # One of `STAGES`
         stride:int=8, # Of the finest map: 4 or 8
@@ -88,7 +90,8 @@ class Stages(nn.Sequential):
         super().__init__()
         if name not in STAGES: raise ValueError(
             f'backbone {name!r}: expected one of {tuple(STAGES)}')
-        if stride not in (4, 8): raise ValueError(f'stride {stride}: expected 4 or 8')
+        if stride not in (4, 8):
+            raise ValueError(f'stride {stride}: expected 4 or 8')
         layers,strides,channels = STAGES[name]
         first = strides.index(stride)
         self.kept,self.channels = layers[first:],channels[first:]
@@ -103,7 +106,7 @@ class Stages(nn.Sequential):
             if k in self.kept: maps.append(x)
         return maps
 
-# %% ../../nbs/51_idfree.pointid.ipynb #e49c2b7b
+# %% ../../nbs/51_idfree.pointid.ipynb #231086ad
 class PointEncoder(nn.Module):
     "Maps, the finest first, to one map `(N,D,h,w)` of the finest one's size."
     def __init__(self,
@@ -113,8 +116,9 @@ class PointEncoder(nn.Module):
         norm:bool=True # Centre and scale its channels?
     ):
         super().__init__()
-        self.skips = nn.ModuleList(nn.Sequential(
-            DeformConv(c, width), nn.BatchNorm2d(width), nn.ReLU()) for c in channels)
+        skip = lambda n: nn.Sequential(DeformConv(n, width),
+                                       nn.BatchNorm2d(width), nn.ReLU())
+        self.skips = nn.ModuleList(map(skip, channels))
         self.out = nn.Conv2d(width*len(channels), dim, 3, padding=1)
         self.norm = nn.BatchNorm2d(dim, affine=False) if norm else nn.Identity()
 
@@ -124,7 +128,7 @@ class PointEncoder(nn.Module):
             fine = torch.cat([F.interpolate(fine, size=m.shape[-2:]), m], 1)
         return self.norm(self.out(fine))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #4f826f93
+# %% ../../nbs/51_idfree.pointid.ipynb #a3d8af4c
 class PointOutput(NamedTuple):
     "What a `PointID` says at each point of N frames."
     embedding:Tensor # Of length 1 `(N,D,h,w)`, float32
@@ -152,21 +156,21 @@ class PointID(Detector):
         for k,v in dict(mean=MEAN, std=STD).items():
             v = torch.tensor(v)[:, None, None]
             self.register_buffer(k, v, persistent=False)
-        self._made = dict(backbone=backbone, stride=stride, width=width, dim=dim,
-                          norm=norm, radius=radius)
+        self._made = dict(backbone=backbone, stride=stride, width=width,
+                          dim=dim, norm=norm, radius=radius)
         self.made = dict(network='pointid', **self._made)
 
     recipe = property(lambda self: dict(
         model='reidlit.idfree.pointid:PointID', **self._made))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #eb452026
+# %% ../../nbs/51_idfree.pointid.ipynb #c98d66dd
 @patch
 def features(self:PointID,
     images:Tensor # `(N,3,H,W)`, values 0..1
 )->list: # Maps, the finest first
     "What the backbone sees; `ValueError` for images that are not floats."
     if not images.is_floating_point():
-        raise ValueError(f'images are {images.dtype}: expected floats, see to_images')
+        raise ValueError(f'images are {images.dtype}: expected floats 0..1')
     return self.backbone((pad_frames(images)-self.mean)/self.std)
 
 @patch
@@ -190,7 +194,7 @@ def forward(self:PointID,
     x = self._map(images)
     return PointOutput(F.normalize(x.float(), dim=1), self.head(x))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #ca5dc464
+# %% ../../nbs/51_idfree.pointid.ipynb #c647c20f
 @patch
 def assign(self:PointID,
     out:PointOutput, # Of N frames
@@ -219,7 +223,7 @@ def losses(self:PointID,
     self.train(was)
     return fcos_losses(out.head, self.assign(out, targets))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #1ca1aacf
+# %% ../../nbs/51_idfree.pointid.ipynb #32027e2c
 @patch
 def train(self:PointID,
     mode:bool=True # Training, or evaluation
@@ -230,7 +234,7 @@ def train(self:PointID,
         if not any(p.requires_grad for p in part.parameters()): part.eval()
     return self
 
-# %% ../../nbs/51_idfree.pointid.ipynb #73b4ec09
+# %% ../../nbs/51_idfree.pointid.ipynb #ca51923a
 @patch
 @torch.no_grad()
 def find(self:PointID,
@@ -243,8 +247,8 @@ def find(self:PointID,
     was,_ = self.training,self.eval()
     out = self(images)
     self.train(was)
-    found = fcos_detections(out.head, self.stride, images.shape[-2:], least, most,
-                            overlap)
+    found = fcos_detections(out.head, self.stride, images.shape[-2:],
+                            least, most, overlap)
     return [(d, e[:, at].T.cpu().numpy())
             for (d,at),e in zip(found, out.embedding.flatten(2))]
 
@@ -256,10 +260,13 @@ def predict(self:PointID,
     "What is found in each image, the surest first."
     return [d for d,_ in self.find(images, least)]
 
-# %% ../../nbs/51_idfree.pointid.ipynb #264277b9
-def _each(images, boxes):
-    if len(images)!=len(boxes):
-        raise ValueError(f'{len(images)} frames, boxes for {len(boxes)}')
+# %% ../../nbs/51_idfree.pointid.ipynb #942221d2
+def _at_middles(maps, boxes, stride):
+    "For each frame the values `(K,D)` of its map `(D,h,w)` at boxes' middles."
+    if len(maps)!=len(boxes):
+        raise ValueError(f'{len(maps)} frames, boxes for {len(boxes)}')
+    near = lambda b: nearest_points(b, maps.shape[-2:], stride, maps.device)
+    return [m[:, near(b)].T for m,b in zip(maps.flatten(2), boxes)]
 
 @patch
 @torch.no_grad()
@@ -268,12 +275,10 @@ def embed_boxes(self:PointID,
     boxes:list # For each image `(K,4)` xyxy in pixels
 )->list: # For each image `(K,D)` float32, rows of length 1
     "Features of given boxes, at the point nearest to each middle."
-    _each(images, boxes)
     was,_ = self.training,self.eval()
     e = self.embeddings(images)
     self.train(was)
-    return [m[:, nearest_points(b, e.shape[-2:], self.stride, e.device)].T.cpu().numpy()
-            for m,b in zip(e.flatten(2), boxes)]
+    return [f.cpu().numpy() for f in _at_middles(e, boxes, self.stride)]
 
 @patch
 def class_scores(self:PointID,
@@ -281,10 +286,8 @@ def class_scores(self:PointID,
     boxes:list # For each image `(K,4)` xyxy in pixels
 )->Tensor: # `(sum of K,1)`, probabilities
     "How probable a person is at the middle of given boxes; differentiable."
-    _each(images, boxes)
     p = self(images).head.classes.sigmoid()
-    return torch.cat([m[:, nearest_points(b, p.shape[-2:], self.stride, p.device)].T
-                      for m,b in zip(p.flatten(2), boxes)])
+    return torch.cat(_at_middles(p, boxes, self.stride))
 
-# %% ../../nbs/51_idfree.pointid.ipynb #a9ab05a7
+# %% ../../nbs/51_idfree.pointid.ipynb #ade9df96
 MAKERS['pointid'] = PointID # so that make_detector knows it
