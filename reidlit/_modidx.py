@@ -367,6 +367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'reidlit/data/readers/mars.py'),
                                            'reidlit.data.readers.mars._mars_lines': ( 'data.readers.mars.html#_mars_lines',
                                                                                       'reidlit/data/readers/mars.py'),
+                                           'reidlit.data.readers.mars.load_mat': ( 'data.readers.mars.html#load_mat',
+                                                                                   'reidlit/data/readers/mars.py'),
                                            'reidlit.data.readers.mars.mars': ( 'data.readers.mars.html#mars',
                                                                                'reidlit/data/readers/mars.py'),
                                            'reidlit.data.readers.mars.mars_rows': ( 'data.readers.mars.html#mars_rows',

@@ -103,12 +103,14 @@ def write_market1501(
 # %% ../../nbs/04f_data.writers.ipynb #d718470e
 def mat_bytes(
     name:str, # Of the array inside
-    array # Numbers, of any shape
+    array # Numbers, or objects (cells), or with named fields (structs)
 )->bytes:
     "A MATLAB file with one array: the same bytes whenever made."
     from scipy.io import savemat
     file = io.BytesIO()
-    savemat(file, {name:np.asarray(array, np.float64)})
+    array = np.asarray(array)
+    if array.dtype.kind in 'biuf': array = array.astype(np.float64)
+    savemat(file, {name:array})
     return b'MATLAB 5.0 MAT-file'.ljust(116) + file.getvalue()[116:]
 
 def _save_mars(s, root, part):
