@@ -211,6 +211,16 @@ def __getitem__(self:FrameSet,
                    **{k:take(k, b) for k in ('xyxy', 'pids', 'ground', 'cut',
                                              'unnamed')})
 
+# %% ../../../nbs/04b_data.readers.wildtrack.ipynb #a952b084
+@patch
+def only(self:FrameSet,
+    b # A mask `(B,)`, indices or a slice, of boxes
+)->FrameSet: # All the pictures, with those boxes
+    "The same pictures with some of the boxes."
+    kinds = ('row', 'xyxy', 'pids', 'ground', 'cut', 'unnamed')
+    found = {k:getattr(self, k) for k in kinds}
+    return replace(self, **{k:v[b] for k,v in found.items() if v is not None})
+
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #ee72a3d8
 @patch
 def find(self:FrameSet,
