@@ -40,9 +40,9 @@ class SearchSet:
         if own.any(): raise ValueError(
             f'{self.name}: query {own.argmax()} searches its own picture')
     def __str__(self):
-        Q,per = len(self.gallery),self.gallery.sum(1)
-        text = f'{Q:,} queries' + (f', each in {per.min():,} to {per.max():,} '
-                                   'pictures' if Q else '')
+        per = sorted(set(self.gallery.sum(1).tolist()))
+        span = ' to '.join(f'{n:,}' for n in dict.fromkeys(per[:1]+per[-1:]))
+        text = f'{len(self.gallery):,} queries, each in {span or 0} pictures'
         return '\n'.join([str(self.train), str(self.test), text])
     __repr__ = __str__
 
@@ -63,13 +63,15 @@ def one_each(
     per_camera:bool=True # One a person and camera, or one a person
 )->np.ndarray: # Rows of boxes
     "The largest box of each person who is in two pictures or more."
+    named = ~s.unnamed
+    seen = np.unique(np.c_[s.pids, s.row][named], axis=0) # person, picture
+    who,n = np.unique(seen[:, 0], return_counts=True)
     area = (s.xyxy[:, 2:]-s.xyxy[:, :2]).prod(1)
     where = s.camids[s.row] if per_camera else np.zeros(len(s.row), int)
-    best = {}
-    for b in np.lexsort((-area, where, s.pids)):
-        if not s.unnamed[b]: best.setdefault((s.pids[b], where[b]), b)
-    pictures = {p:len(set(s.row[s.pids==p])) for p in {p for p,_ in best}}
-    return np.array([b for (p,_),b in best.items() if pictures[p]>1], int)
+    b = np.lexsort((-area, where, s.pids))
+    b = b[(named & np.isin(s.pids, who[n>1]))[b]]
+    key = np.c_[s.pids, where][b]
+    return b[np.unique(key, axis=0, return_index=True)[1]]
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #d675d798
 def all_others(
