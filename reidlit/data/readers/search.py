@@ -240,6 +240,8 @@ def _halves(world, folder, times, least, test, file_name, layout):
     "The earlier and the later moments, with the names of their own people."
     times,d = list(times),Dropped()
     if len(times)<2: raise ValueError(f'times={times}: expected 2 or more')
+    if test not in world.split:
+        raise ValueError(f'test={test!r}: expected one of {list(world.split)}')
     parts,n = [],len(times)//2
     for split,when in (('train', times[:n]), (test, times[n:])):
         s = _film(world, folder, when, least, file_name, d)
