@@ -646,6 +646,7 @@ def test_iou_needed_is_what_five_pixels_cost():
 
 @pytest.mark.parametrize('change, message', [
     (lambda s, f, x, q: (s, f[1:], x, q), '9 pictures with boxes, 10 with features; the test has 10'),
+    (lambda s, f, x, q: (s, [(*o, 0) for o in f], x, q), 'found, picture 0: expected boxes and scores'),
     (lambda s, f, x, q: (s, f, x, q[1:]), 'query_features has shape'),
     (lambda s, f, x, q: (s, f, x, q[:, :2]), 'query_features has shape'),
     (lambda s, f, x, q: (s, f, x, q*np.nan), 'query_features: NaN'),

@@ -48,11 +48,13 @@ def _scores(x, n, where):
 def _pool(items, found, features, least):
     "The sure detections of all pictures, and which fit whom."
     N = len(items.test)
-    if not len(found)==len(features)==N: raise ValueError(f'{len(found)} pictures '
-        f'with boxes, {len(features)} with features; the test has {N}')
+    if not len(found)==len(features)==N: raise ValueError(f'{len(found)} '
+        f'pictures with boxes, {len(features)} with features; the test has {N}')
     xyxy,x,count = [np.zeros((0, 4))],[],np.zeros(N, int)
-    for i,((boxes,scores),f) in enumerate(zip(found, features)):
+    for i,(pair,f) in enumerate(zip(found, features)):
         where = f'found, picture {i}'
+        if len(pair)!=2: raise ValueError(f'{where}: expected boxes and scores')
+        boxes,scores = pair
         b = as_boxes(boxes, where)
         sure = _scores(scores, len(b), where)>=least
         if len(f)!=len(b): raise ValueError(
@@ -63,8 +65,9 @@ def _pool(items, found, features, least):
         xyxy.append(b[sure]); count[i] = sure.sum()
     sizes = {o.shape[1] for o in x}
     if len(sizes)>1: raise ValueError(f'features of {sorted(sizes)} numbers')
-    p = SimpleNamespace(xyxy=np.concatenate(xyxy),
-        row=np.repeat(np.arange(N), count), x=normalize(torch.cat(x)) if x else None)
+    x = normalize(torch.cat(x)) if x else None
+    p = SimpleNamespace(xyxy=np.concatenate(xyxy), x=x,
+                        row=np.repeat(np.arange(N), count))
     return _fit(p, items, count)
 
 # %% ../../nbs/07c_metrics.search.ipynb #39f7c517
@@ -104,7 +107,7 @@ def _score(s, right, answers):
 class SearchScores:
     "How good a person search is, and by which rules; prints as a summary."
     mAP:float # Mean average precision, 0 to 1
-    top:np.ndarray # Share of queries with a right box by place k+1 `(max_rank,)`
+    top:np.ndarray # Share of queries found by place k+1 `(max_rank,)`
     recall:float # Mean share of the answers that are on the list at all
     aps:np.ndarray # AP of each query, `nan` if it has no answer `(Q,)`
     places:np.ndarray # Place of its first right box, `inf` if there is none
