@@ -87,7 +87,8 @@ def test_frames_without_boxes():
 def test_camera_without_shared_view():
     "Whoever is seen is somebody else: no pairs, and no error anywhere."
     items = replace(clip(2), camids=np.array([0, 1]), frames=np.zeros(2, int), row=np.array([0, 1]),
-                    xyxy=np.float32([BOX, BOX]), pids=np.array([3, 4]), cut=None, cameras=[ONE, TWO])
+                    xyxy=np.float32([BOX, BOX]), pids=np.array([3, 4]), cut=None, unnamed=None,
+                    cameras=[ONE, TWO])
     seen = {c: sight([0], [BOX], [.5], [[c]]) for c in (0, 1)}
     a = associate_boxes(seen, {0: np.array([[0., 1]]), 1: np.array([[1., 0]])}, 0, [1], [ONE, TWO], .5)
     p = tracked_pairs(a, seen, 0)

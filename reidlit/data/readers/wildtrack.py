@@ -162,24 +162,30 @@ class FrameSet:
     cameras:list|None=None # A `Camera` for each camid
     name:str='' # For messages
     dropped:Dropped=field(default_factory=Dropped) # What was left out
+    unnamed:np.ndarray|None=field(default=None, kw_only=True)
+        # Somebody of whom nobody knows who it is `(B,)` bool
 
     def __post_init__(self):
         for k in ('camids', 'frames', 'row', 'pids'):
             if (x := getattr(self, k)) is not None:
                 setattr(self, k, np.asarray(x, np.int64))
         self.xyxy = np.asarray(self.xyxy, np.float32).reshape(-1, 4)
-        cut = np.zeros(len(self.row)) if self.cut is None else self.cut
-        self.cut = np.asarray(cut, bool)
+        for k in ('cut', 'unnamed'):
+            x,none = getattr(self, k),np.zeros(len(self.row), bool)
+            setattr(self, k, none if x is None else np.asarray(x, bool))
         shapes = dict(images='N', camids='N', frames='N', row='B', xyxy='B 4',
-                      pids='B', ground='B 2', cut='B')
+                      pids='B', ground='B 2', cut='B', unnamed='B')
         known = {k:(getattr(self, k), v) for k,v in shapes.items()}
         known['images'] = np.empty(len(self)),'N'
         check_shapes(**{k:v for k,v in known.items() if v[0] is not None})
     def __len__(self): return len(self.images)
     def __str__(self):
         parts = [f'{len(self):,} pictures', f'{len(self.row):,} boxes']
-        if n := self.cut.sum(): parts[1] += f' ({n:,} cut at the border)'
-        for x,word in ((self.pids, 'people'), (self.camids, 'cameras'),
+        flags = {'cut at the border':self.cut, 'unnamed':self.unnamed}
+        notes = [f'{x.sum():,} {k}' for k,x in flags.items() if x.any()]
+        if notes: parts[1] += f' ({", ".join(notes)})'
+        who = None if self.pids is None else self.pids[~self.unnamed]
+        for x,word in ((who, 'people'), (self.camids, 'cameras'),
                        (self.frames, 'moments')):
             if x is not None: parts += [f'{len(set(x)):,} {word}']
         if self.dropped: parts += [f'{len(self.dropped)} dropped']
@@ -202,7 +208,18 @@ def __getitem__(self:FrameSet,
     return replace(self, images=[self.images[j] for j in i],
                    row=place[self.row[b]],
                    **{k:take(k, i) for k in ('camids', 'frames')},
-                   **{k:take(k, b) for k in ('xyxy', 'pids', 'ground', 'cut')})
+                   **{k:take(k, b) for k in ('xyxy', 'pids', 'ground', 'cut',
+                                             'unnamed')})
+
+# %% ../../../nbs/04b_data.readers.wildtrack.ipynb #a952b084
+@patch
+def only(self:FrameSet,
+    b # A mask `(B,)`, indices or a slice, of boxes
+)->FrameSet: # All the pictures, with those boxes
+    "The same pictures with some of the boxes."
+    kinds = ('row', 'xyxy', 'pids', 'ground', 'cut', 'unnamed')
+    found = {k:getattr(self, k) for k in kinds}
+    return replace(self, **{k:v[b] for k,v in found.items() if v is not None})
 
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #ee72a3d8
 @patch
@@ -248,7 +265,7 @@ def crops(self:FrameSet,
             out[b] = im.resize(size[::-1], Image.BILINEAR, box=box)
     take = lambda x: None if x is None else x[self.row]
     return ReidSet(out, self.pids, take(self.camids), frames=take(self.frames),
-                   name=f'{self.name} crops')
+                   junk=self.unnamed, name=f'{self.name} crops')
 
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #68b73135
 NUMBERED = re.compile(r'(?P<frame>\d+)\.(png|jpg|jpeg|json)')
