@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_out', 'name_cameras', 'open_data', 'read_sources',
            'open_crops', 'number_alike', 'CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
-           'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK',
-           'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
-           'finish', 'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17',
-           'multiviewx', 'pets2009', 'prid2011', 'read_json', 'read_mat', 'read_names', 'read_xml', 'trial_mask',
-           'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco', 'write_ilids_vid',
-           'write_multiviewx', 'write_prid2011']
+           'MARS_INFO', 'MotBoxes', 'MotSequence', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES',
+           'Splits', 'WILDTRACK', 'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc',
+           'extract_cuhk03', 'finish', 'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows',
+           'mot17', 'mot_sequences', 'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'read_json', 'read_mat',
+           'read_mot', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
+           'write_cityflow', 'write_coco', 'write_ilids_vid', 'write_mot', 'write_mot17', 'write_multiviewx',
+           'write_prid2011']
 
 # %% ../../nbs/05f_data.sets.ipynb #5bc8fbbc
 import re
@@ -20,13 +21,15 @@ from types import SimpleNamespace
 import numpy as np
 from ..core import DataError,Dropped,ReidSet,rng_for
 from . import writers
-from .readers.cityflow import Film,RoadSet,cityflow,write_cityflow
+from .readers.cityflow import RoadSet,cityflow,write_cityflow
 from .readers.coco import coco,write_coco
 from .readers.cuhk03 import cuhk03,extract_cuhk03
 from .readers.market import (MARKET,SUFFIXES,Splits,check_layout,
     crop_folder,finish,list_images,market1501,market_rows,read_names)
 from reidlit.data.readers.mars import (MARS,MARS_DIRS,MARS_INFO,mars,mars_rows,
     read_mat)
+from .readers.mot import (MotBoxes,MotSequence,mot17,mot_sequences,
+    read_mot,write_mot,write_mot17)
 from .readers.msmt17 import msmt17
 from .readers.multiviewx import multiviewx,write_multiviewx
 from .readers.pets2009 import MultiviewDetections,pets2009
@@ -36,17 +39,20 @@ from .readers.viper import dukemtmc,trial_mask,viper,ward
 from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
     Grid,Rig,clip_box,read_json,read_xml,wildtrack,wildtrack_cameras)
 from .world import World
+from ..films import Film
 
 # %% ../../nbs/05f_data.sets.ipynb #2a53a05f
-_all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS',
-    'MARS_DIRS', 'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig',
-    'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK', 'check_layout', 'cityflow',
-    'clip_box', 'coco', 'crop_folder', 'cuhk03', 'dukemtmc', 'extract_cuhk03',
-    'finish', 'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars',
-    'mars_rows', 'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'read_json',
-    'read_mat', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward',
-    'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
-    'write_ilids_vid', 'write_multiviewx', 'write_prid2011']
+_all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
+    'MARS_INFO', 'MotBoxes', 'MotSequence', 'MultiviewDetections',
+    'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES', 'Splits', 'WILDTRACK',
+    'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'cuhk03',
+    'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid', 'list_images',
+    'market1501', 'market_rows', 'mars', 'mars_rows', 'mot17',
+    'mot_sequences', 'msmt17', 'multiviewx', 'pets2009', 'prid2011',
+    'read_json', 'read_mat', 'read_mot', 'read_names', 'read_xml',
+    'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
+    'write_cityflow', 'write_coco', 'write_ilids_vid', 'write_mot',
+    'write_mot17', 'write_multiviewx', 'write_prid2011']
 
 # %% ../../nbs/05f_data.sets.ipynb #bd69fe29
 READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
@@ -54,11 +60,12 @@ READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
     msmt17=msmt17, prid2011=prid2011, ilids_vid=ilids_vid)
 FRAME_READERS = dict(wildtrack=(wildtrack, 'people'),
     multiviewx=(multiviewx, 'people'),
-    cityflow=(cityflow, 'vehicles'))
+    cityflow=(cityflow, 'vehicles'),
+    mot17=(mot17, 'people'))
 WRITERS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
     wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx,
     cityflow=write_cityflow, prid2011=write_prid2011,
-    ilids_vid=write_ilids_vid)
+    ilids_vid=write_ilids_vid, mot17=write_mot17)
 TRACKLETS = ('mars', 'prid2011', 'ilids_vid') # scored by tracklets, not by pictures
 
 # %% ../../nbs/05f_data.sets.ipynb #f1578a50

@@ -10,9 +10,9 @@ from dataclasses import dataclass,field,replace
 import numpy as np
 from fastcore.basics import patch
 from ...core import DataError,Dropped,check_shapes
-from .cityflow import Film
 from .market import check_layout
 from .wildtrack import read_json
+from ...films import Film
 from ...geometry import Camera
 
 # %% ../../../nbs/05d_data.readers.pets2009.ipynb #70d447ce
