@@ -97,6 +97,17 @@ def numbered(self:Film): # Yields number from 0, picture `(H,W,3)` uint8 RGB
     if unread: logger.warning('%s: %d of %d pictures cannot be read, first %d',
                               self.path, len(unread), self.n, unread[0])
 
+# %% ../nbs/03b_films.ipynb #ee0fad71
+@patch
+def filled(self:Film): # Yields `(H,W,3)` uint8 RGB, `len(film)` times
+    "A picture for every number; one that cannot be read is as the last one."
+    last,n = np.zeros((*self.size[::-1], 3), np.uint8),0
+    for i,im in self.numbered():
+        while n<min(i, self.n): n += 1; yield last
+        last = im
+        if i<self.n: n += 1; yield im
+    while n<self.n: n += 1; yield last
+
 # %% ../nbs/03b_films.ipynb #76b7fe9f
 FILM_SUFFIXES = {'.avi', '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.mpg',
                  '.mpeg', '.ts'}
@@ -191,7 +202,7 @@ def film_world(
     return write_film(path, (world.frame(camera, t) for t in times),
                       world.fps/even_step(times))
 
-# %% ../nbs/03b_films.ipynb #784170ff
+# %% ../nbs/03b_films.ipynb #8f15b5cf
 def paint_boxes(
     frame, # `(H,W,3)` uint8 RGB
     boxes, # xyxy in pixels `(N,4)`
@@ -209,8 +220,9 @@ def paint_boxes(
         (w,h),_ = cv2.getTextSize(str(k), cv2.FONT_HERSHEY_SIMPLEX, .4, 1)
         x,y = max(0, x1), max(h+4, y1)
         cv2.rectangle(im, (x, y-h-4), (x+w+3, y), color, -1)
-        cv2.putText(im, str(k), (x+2, y-3), cv2.FONT_HERSHEY_SIMPLEX, .4,
-                    (0, 0, 0), 1, cv2.LINE_AA)
+        ink = 3*(0 if np.dot(color, (.3, .59, .11))>80 else 255,)
+        cv2.putText(im, str(k), (x+2, y-3), cv2.FONT_HERSHEY_SIMPLEX, .4, ink,
+                    1, cv2.LINE_AA)
     return im
 
 # %% ../nbs/03b_films.ipynb #9ae62fc9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOT_LABELS', 'MOT_DISTRACTORS', 'MOT_DETECTORS', 'MotBoxes', 'read_mot', 'write_mot', 'MotSequence', 'read_sequence',
-           'mot_sequences', 'mot17', 'write_mot17']
+           'mot_sequences', 'mot17', 'drawn_frame', 'join_boxes', 'write_mot17']
 
 # %% ../../../nbs/04i_data.readers.mot.ipynb #458ca0b0
 import re
@@ -268,24 +268,34 @@ def mot17(
         parts[k] = finish(s, root/k, 'img1/000001.jpg', verify)
     return Splits('mot17', **parts)
 
-# %% ../../../nbs/04i_data.readers.mot.ipynb #a1814c58
-def _drawn(world, c, k, b):
-    "A frame's truth, and what a detector might find."
-    t,one = np.full(len(b), k),np.ones(len(b), int)
-    truth = MotBoxes(t, b.pids+1, b.xyxy, None, one, b.visible)
+# %% ../../../nbs/04i_data.readers.mot.ipynb #35b71564
+def drawn_frame(
+    world, # A `World`
+    camera:int, # From 0
+    t:int, # The world's frame number
+    frame:int # The film's, from 1
+)->tuple: # Picture `(H,W,3)`, its truth and what was found, as `MotBoxes`
+    "A frame as a film's; person p is p+1, found boxes are nobody's."
+    im,b = world.shot(camera, t)
+    k,one = np.full(len(b), frame),np.ones(len(b), int)
+    truth = MotBoxes(k, b.pids+1, b.xyxy, None, one, b.visible)
     some = b.visible>=.25
     box = np.float64(b.clipped[some])
-    off = rng_for(world.seed, 'mot17', c, k).normal(0, .03, box.shape)
+    off = rng_for(world.seed, 'mot17', camera, frame).normal(0, .03, box.shape)
     box = box+off.clip(-.1, .1)*np.tile(box[:, 2:]-box[:, :2], 2)
-    return truth,MotBoxes(t[some], np.full(len(box), -1), box, b.visible[some])
+    return im,truth,MotBoxes(k[some], -one[some], box, b.visible[some])
 
-def _join(tables, name=''):
+def join_boxes(
+    tables, # `MotBoxes` each, one at least; all with classes or none
+    name:str='' # Of the whole
+)->MotBoxes:
     "Tables one below the other."
     keys = [k for k in ('frames', 'pids', 'xyxy', 'scores', 'labels', 'visible')
             if getattr(tables[0], k) is not None]
     return MotBoxes(**{k:np.concatenate([getattr(o, k) for o in tables])
                        for k in keys}, name=name)
 
+# %% ../../../nbs/04i_data.readers.mot.ipynb #e4a13a16
 def write_mot17(
     world, # A `World` of people
     out, # The folder to make
@@ -301,11 +311,12 @@ def write_mot17(
         for c in range(len(world.cameras)):
             name,rows = f'MOT17-{c+1:02d}-{detector}',[]
             for k,t in enumerate(times, 1):
-                im,b = world.shot(c, t)
+                im,*both = drawn_frame(world, c, t, k)
                 save_picture(im, half/'train'/name/'img1'/f'{k:06d}.jpg')
-                rows.append(_drawn(world, c, k, b))
+                rows.append(both)
             for kind,part in zip(('gt', 'det'), zip(*rows)):
-                write_mot(half/'train'/name/kind/f'{kind}.txt', _join(part))
+                f = half/'train'/name/kind/f'{kind}.txt'
+                write_mot(f, join_boxes(part))
             info = dict(name=name, imDir='img1', frameRate=_short(rate),
                         seqLength=len(times), imWidth=world.size[0],
                         imHeight=world.size[1], imExt='.jpg')
