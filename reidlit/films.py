@@ -20,7 +20,7 @@ from .viz import identity_color
 # FFmpeg writes about broken films to the terminal; errors below say it in words
 os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
 
-# %% ../nbs/03b_films.ipynb #aef5a3bd
+# %% ../nbs/03b_films.ipynb #1e9b429c
 class Film:
     "A video as a row of pictures; `DataError` if it does not open."
     keep = 4 # Pictures that stay in memory
@@ -41,7 +41,9 @@ class Film:
     def _open(self):
         if not self.path.is_file(): raise DataError(self.path, 'no such file')
         video = cv2.VideoCapture(str(self.path))
-        if video.isOpened(): return video
+        text = cv2.VideoWriter_fourcc(*'ansi') # FFmpeg draws a text's letters
+        if video.isOpened() and video.get(cv2.CAP_PROP_FOURCC)!=text:
+            return video
         raise DataError(self.path, 'not a video', 'a film that OpenCV can read')
 
     def __len__(self): return self.n

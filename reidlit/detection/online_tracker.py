@@ -309,7 +309,7 @@ def track_film(
     if not rows: return MotBoxes([], [], [], name='tracks')
     return MotBoxes(*(np.concatenate(k) for k in zip(*rows)), name='tracks')
 
-# %% ../../nbs/15a_detection.online_tracker.ipynb #aab0d56d
+# %% ../../nbs/15a_detection.online_tracker.ipynb #97eeae9f
 def read_detections(
     path, # `.json`, else a MOT file
     length:int|None=None # Frames of the film; `None`: up to the last box
@@ -320,8 +320,10 @@ def read_detections(
     else:
         m = read_mot(path)
         m = m[np.argsort(m.frames, kind='stable')]
-        ends = np.searchsorted(m.frames, range(2, max(m.frames, default=0)+1))
-        pairs = list(zip(np.split(m.xyxy, ends), np.split(m.scores, ends)))
+        last = max(m.frames, default=0)
+        ends = np.searchsorted(m.frames, range(2, last+1))
+        both = np.split(m.xyxy, ends),np.split(m.scores, ends)
+        pairs = list(zip(*both))[:last]
     for k,(b,s) in enumerate(pairs, 1):
         flat = (b[:, 2:]<=b[:, :2]).any(1)
         for _ in range(flat.sum()): d.add('box without area', f'frame {k}')
