@@ -439,7 +439,7 @@ def test_pets_made_up(tmp_path, people):
     (lambda r: (r/'detections'/'View_002.json').write_text('{"bboxes": [[]]}'),
      'View_002.json: KeyError'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
-        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: ValueError'),
+        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: moment 1: ValueError'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
         '{"bboxes": [[]], "scores": [[]]}'), r'detections: moments differ: \[2, 1, 2\]'),
     (lambda r: (r/'calibration.json').write_text('{}'), 'calibration.json: no views'),

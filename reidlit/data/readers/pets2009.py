@@ -99,7 +99,8 @@ def read_boxes(
     try: return [one(*o) for o in zip(found['bboxes'], found['scores'],
                                       strict=True)]
     except (KeyError, TypeError, ValueError) as e:
-        raise DataError(path, f'moment {k}: {type(e).__name__} {e}',
+        at = f'moment {k}: '*bool(k)
+        raise DataError(path, f'{at}{type(e).__name__} {e}',
                         'bboxes and scores of each moment') from None
 
 # %% ../../../nbs/05d_data.readers.pets2009.ipynb #18f36629
