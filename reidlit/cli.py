@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'choices', 'train_method', 'search', 'write_search', 'diagnosis', 'about', 'command', 'draw_world',
            'train_command', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor', 'camera_number',
-           'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'demo_page', 'demo', 'main']
+           'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'looks_of', 'track_people',
+           'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -27,14 +28,18 @@ from .core import (DataError,ReidSet,active_preset,data_home,
     default_device,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
+from .data.readers.mot import write_mot
 from .data.world import World
 from .detection.detectors import load_detector,save_detector
+from reidlit.detection.online_tracker import (crop_features,read_detections,
+    track_film)
 from .detection.training import base_detector,detector_scores,make_base
 from .experiments import (Run,check_sources,load_paper,papers,reproduce,
     surroundings,train_run)
+from .films import Film,annotate,write_film
 from .learner import extract_features,fast_dtype
 from .metrics.thresholds import pair_distances,pick_threshold
-from .models import weights_file
+from .models import ReidModel,weights_file
 from .report import (Page,data_section,frames_section,map_section,
     paper_section,result_section,scores_section,search_section)
 from .runs import load_model
@@ -420,6 +425,55 @@ def make_weights(
             make_reid(kind, **kw))
     typer.echo(f'{made}\nwhat comes with the package goes first: '
                'name this one with --detector' if what=='base' else made)
+
+# %% ../nbs/80_cli.ipynb #8e33686f
+def looks_of(
+    weights, # A run's folder, or a file of `save_model`
+    device=None # `None` chooses
+): # A function of a picture and its boxes, for `track_film`
+    "What makes features of boxes; `DataError` if the model does not."
+    model,info = load_model(weights, device)
+    size = info.get('size') or info.get('settings', {}).get('size')
+    if not isinstance(model, ReidModel) or not size: raise DataError(weights,
+        f'is a {type(model).__name__}', 'a model that tells people apart')
+    return crop_features(model, tuple(size))
+
+@command('track', 'video')
+def track_people(
+    video:Path, # A film, .avi or .mp4 for example
+    detections:Path, # Boxes of each frame: a MOT file, or JSON with bboxes, scores
+    out:Path=Path('tracks'), # Where files go
+    weights:Path|None=None, # Of a model that tells people apart: a run, or a file
+    least:float=.4, # Least score of a box
+    looks:float=.4, # Limit of the cosine distance, with weights
+    patience:float=1., # Seconds that somebody may be out of sight
+    rate:float|None=None, # Frames a second, if the film does not say
+    device:str|None=None # cpu, cuda, cuda:1 ...
+):
+    "Follow people through VIDEO, given boxes; write tracks and a film."
+    film = Film(video)
+    rate,boxes = rate or film.rate,read_detections(detections, len(film))
+    if not rate>0: raise DataError(video, 'does not say its rate', '--rate')
+    make = looks_of(weights, device) if weights else None
+    n = sum((d.scores>=least).sum() for d in boxes)
+    typer.echo(f'{len(film)} frames, {rate:g} a second; {n:,} of '
+               f'{sum(map(len, boxes)):,} boxes have a score of {least:g} or more')
+    try:
+        m = track_film(boxes, make, film.filled() if make else None, rate=rate,
+                       least=least, looks=looks, patience=patience)
+        table = write_mot(out/'tracks.txt', m)
+        long = np.unique(m.pids, return_counts=True)[1]/rate
+        typer.echo(f'{len(m):,} boxes in {len(long)} tracks' + (f', the longest '
+            f'{long.max():.1f} s, half longer than {np.median(long):.1f} s'
+            if len(long) else '') + f'\n{table}')
+        found = [(o.xyxy, o.pids) for o in map(m.at, range(1, len(film)+1))]
+        shown = annotate(film.filled(), found)
+        typer.echo(write_film(out/'tracks.mp4', shown, rate))
+    except KeyboardInterrupt:
+        typer.echo(f'\nstopped; what is in {out} is whole')
+        raise typer.Exit(130)
+    if film.unread: typer.echo(f'{len(film.unread)} pictures of {video} could not '
+        'be read; from there on boxes may be late')
 
 # %% ../nbs/80_cli.ipynb #9963791c
 def demo_page(

@@ -15,9 +15,9 @@ from real import REAL
 from reidlit.core import DataError, Dropped
 from reidlit.data.readers import cityflow as road_reader
 from reidlit.data.readers import multiviewx as hall_reader
-from reidlit.data.readers.cityflow import (Film, RoadSet, apply_homography, camera_from_homography, cityflow,
+from reidlit.data.readers.cityflow import (RoadSet, apply_homography, camera_from_homography, cityflow,
                                            gps_matrix, moments, plane_homography, read_calibration,
-                                           read_clocks, read_mot, write_cityflow)
+                                           read_clocks, write_cityflow)
 from reidlit.data.readers.multiviewx import MULTIVIEWX, move_camera, multiviewx, write_multiviewx
 from reidlit.data.readers.pets2009 import pets2009
 from reidlit.data.sets import FrameSet, wildtrack
@@ -231,20 +231,6 @@ def test_points_behind_are_nan():
 
 # Small files
 
-def test_mot_files(tmp_path):
-    f = tmp_path/'gt.txt'
-    f.write_text('\n')
-    m = read_mot(f)
-    assert m.xyxy.shape == (0, 4) and len(m.frames) == len(m.pids) == 0
-    f.write_text('3, 7, 1.5, 2, 3, 4, 1, -1, -1, -1\n3 8 0 0 1 1\n')
-    m = read_mot(f)
-    assert m.frames.tolist() == [3, 3] and m.xyxy[0].tolist() == [1.5, 2, 4.5, 6]
-    for line in ('1,2,3', '1,2,nan,3,4,5', '1.5,2,1,3,4,5', '1,x,1,3,4,5'):
-        f.write_text('1,2,3,4,5,6\n'+line)
-        with pytest.raises(DataError, match='gt.txt: line 2'): read_mot(f)
-    with pytest.raises(DataError, match='none.txt: no such file'): read_mot(tmp_path/'none.txt')
-
-
 def test_clocks(tmp_path):
     f = tmp_path/'S03.txt'
     f.write_text('c010 8.715\nc013 0\n\n')
@@ -253,36 +239,6 @@ def test_clocks(tmp_path):
     assert moments(range(1, 10), rate=8).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
     f.write_text('c010 x')
     with pytest.raises(DataError, match="S03.txt: line 1 is 'c010 x'"): read_clocks(f)
-
-
-def grey_film(path, n=12, size=(32, 16)):
-    out = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG,
-                          cv2.VideoWriter_fourcc(*'MJPG'), 10, size)
-    for k in range(n): out.write(np.full((size[1], size[0], 3), 20*k, np.uint8))
-    out.release()
-    return path
-
-
-def level(film_and_number):
-    film, i = film_and_number
-    return float(film[i].mean())
-
-
-def test_film(tmp_path):
-    film = Film(grey_film(tmp_path/'v.avi'))
-    for i in (3, 3, 4, 0, 11, 1): assert abs(film[i].mean() - 20*i) < 3
-    film[5][:] = 0
-    assert film[5].mean() > 90
-    with multiprocessing.get_context('fork').Pool(2) as pool:
-        out = pool.map(level, [(film, i) for i in (9, 2, 7, 0)])
-    np.testing.assert_allclose(out, [180, 40, 140, 0], atol=3)
-    copy = pickle.loads(pickle.dumps(film))
-    np.testing.assert_array_equal(copy[6], film[6])
-    with pytest.raises(IndexError): film[-1]
-    data = film.path.read_bytes()
-    film.path.write_bytes(data[:len(data)*2//3])
-    with pytest.raises(DataError, match='v.avi'): level((Film(film.path), 11))
-    with pytest.raises(DataError, match='no.avi: no such file'): Film(tmp_path/'no.avi')
 
 
 # CityFlow
@@ -483,7 +439,7 @@ def test_pets_made_up(tmp_path, people):
     (lambda r: (r/'detections'/'View_002.json').write_text('{"bboxes": [[]]}'),
      'View_002.json: KeyError'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
-        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: ValueError'),
+        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: moment 1: ValueError'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
         '{"bboxes": [[]], "scores": [[]]}'), r'detections: moments differ: \[2, 1, 2\]'),
     (lambda r: (r/'calibration.json').write_text('{}'), 'calibration.json: no views'),

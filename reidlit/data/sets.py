@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_out', 'name_cameras', 'open_data', 'read_sources',
            'open_crops', 'number_alike', 'CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
-           'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES', 'SearchSet', 'Splits',
-           'WILDTRACK', 'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder', 'crowdhuman',
-           'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid', 'list_images', 'market1501',
-           'market_rows', 'mars', 'mars_rows', 'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json',
-           'read_mat', 'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
-           'write_cityflow', 'write_coco', 'write_crowdhuman', 'write_cuhk_sysu', 'write_ilids_vid', 'write_multiviewx',
+           'MARS_INFO', 'MotBoxes', 'MotSequence', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES',
+           'SearchSet', 'Splits', 'WILDTRACK', 'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco',
+           'crop_folder', 'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid',
+           'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'mot17', 'mot_sequences', 'msmt17',
+           'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names', 'read_xml',
+           'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
+           'write_crowdhuman', 'write_cuhk_sysu', 'write_ilids_vid', 'write_mot', 'write_mot17', 'write_multiviewx',
            'write_prid2011', 'write_prw']
 
 # %% ../../nbs/05f_data.sets.ipynb #5bc8fbbc
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 from ..core import DataError,Dropped,ReidSet,rng_for
 from . import writers
-from .readers.cityflow import Film,RoadSet,cityflow,write_cityflow
+from .readers.cityflow import RoadSet,cityflow,write_cityflow
 from .readers.coco import coco,write_coco
 from .readers.crowdhuman import crowdhuman,write_crowdhuman
 from .readers.cuhk03 import cuhk03,extract_cuhk03
@@ -29,6 +30,8 @@ from .readers.market import (MARKET,SUFFIXES,Splits,check_layout,
     crop_folder,finish,list_images,market1501,market_rows,read_names)
 from reidlit.data.readers.mars import (MARS,MARS_DIRS,MARS_INFO,mars,mars_rows,
     read_mat)
+from .readers.mot import (MotBoxes,MotSequence,mot17,mot_sequences,
+    read_mot,write_mot,write_mot17)
 from .readers.msmt17 import msmt17
 from .readers.multiviewx import multiviewx,write_multiviewx
 from .readers.pets2009 import MultiviewDetections,pets2009
@@ -40,19 +43,21 @@ from .readers.viper import dukemtmc,trial_mask,viper,ward
 from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
     Grid,Rig,clip_box,read_json,read_xml,wildtrack,wildtrack_cameras)
 from .world import World
+from ..films import Film
 
 # %% ../../nbs/05f_data.sets.ipynb #2a53a05f
 _all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
-    'MARS_INFO', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet',
-    'SUFFIXES', 'SearchSet', 'Splits', 'WILDTRACK', 'as_search', 'check_layout',
-    'cityflow', 'clip_box', 'coco', 'crop_folder', 'crowdhuman', 'cuhk03',
-    'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid',
-    'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'msmt17',
-    'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json', 'read_mat',
-    'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack',
-    'wildtrack_cameras', 'write_cityflow', 'write_coco', 'write_crowdhuman',
-    'write_cuhk_sysu', 'write_ilids_vid', 'write_multiviewx', 'write_prid2011',
-    'write_prw']
+    'MARS_INFO', 'MotBoxes', 'MotSequence', 'MultiviewDetections', 'NUMBERED',
+    'Rig', 'RoadSet', 'SUFFIXES', 'SearchSet', 'Splits', 'WILDTRACK',
+    'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder',
+    'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish',
+    'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars',
+    'mars_rows', 'mot17', 'mot_sequences', 'msmt17', 'multiviewx', 'pets2009',
+    'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names',
+    'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
+    'write_cityflow', 'write_coco', 'write_crowdhuman', 'write_cuhk_sysu',
+    'write_ilids_vid', 'write_mot', 'write_mot17', 'write_multiviewx',
+    'write_prid2011', 'write_prw']
 
 # %% ../../nbs/05f_data.sets.ipynb #bd69fe29
 READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
@@ -61,12 +66,13 @@ READERS = dict(market1501=market1501, mars=mars, dukemtmc=dukemtmc,
 FRAME_READERS = dict(wildtrack=(wildtrack, 'people'),
     multiviewx=(multiviewx, 'people'),
     cityflow=(cityflow, 'vehicles'),
-    prw=(prw, 'people'), cuhk_sysu=(cuhk_sysu, 'people'))
+    prw=(prw, 'people'), cuhk_sysu=(cuhk_sysu, 'people'),
+    mot17=(mot17, 'people'))
 WRITERS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
     wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx,
     cityflow=write_cityflow, prid2011=write_prid2011,
     ilids_vid=write_ilids_vid, prw=write_prw,
-    cuhk_sysu=write_cuhk_sysu)
+    cuhk_sysu=write_cuhk_sysu, mot17=write_mot17)
 TRACKLETS = ('mars', 'prid2011', 'ilids_vid') # scored by tracklets, not by pictures
 
 # %% ../../nbs/05f_data.sets.ipynb #f1578a50

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['CALIBRATION_LINES', 'DEGREE', 'RATES', 'read_calibration', 'apply_homography', 'gps_matrix', 'plane_homography',
-           'camera_from_homography', 'read_mot', 'read_clocks', 'moments', 'Film', 'RoadSet', 'cityflow',
-           'write_cityflow']
+           'camera_from_homography', 'read_clocks', 'moments', 'RoadSet', 'cityflow', 'write_cityflow']
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #75e58b37
-import os,re,threading
+import re
 from dataclasses import dataclass,replace
 from pathlib import Path
 from types import SimpleNamespace
-import cv2,numpy as np
+import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ...core import DataError,Dropped,write_atomic
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
+from .mot import read_mot
 from .wildtrack import FrameSet,clip_box,read_json
 from ..writers import writing
+from ...films import Film,even_step,write_film
 from ...geometry import Camera
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #02110ecd
@@ -112,27 +113,6 @@ def camera_from_homography(
     if (R.T@t)[2]>0: R,t = R*[-1, -1, 1], -t # below the ground: other sign
     return Camera(K, R, t, size, dist)
 
-# %% ../../../nbs/05c_data.readers.cityflow.ipynb #dbb6e0b2
-def read_mot(
-    path # Lines `frame,id,left,top,width,height,1,-1,-1,-1`
-)->SimpleNamespace: # `frames (B,)`, `pids (B,)`, `xyxy (B,4)`, `scores (B,)`
-    "Boxes of a MOT challenge file; `DataError` names the line that is wrong."
-    try: lines = Path(path).read_text().splitlines()
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    rows = []
-    for i,line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = [float(v) for v in re.split(r'[,\s]+', line.strip(', '))]
-        except ValueError as e:
-            raise DataError(path, f'line {i}: {e}') from None
-        if len(row)<6 or not np.isfinite(row[:6]).all() or row[0]%1 or row[1]%1:
-            raise DataError(path, f'line {i} is {line!r}', '1,7,10,20,30,40,1')
-        rows.append((row+[1.])[:7])
-    x = np.reshape(rows, (-1, 7))
-    xyxy = np.c_[x[:, 2:4], x[:, 2:4]+x[:, 4:6]].astype(np.float32)
-    return SimpleNamespace(frames=x[:, 0].astype(int), xyxy=xyxy,
-                           pids=x[:, 1].astype(int), scores=x[:, 6])
-
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #2480f6ff
 RATES = {'c015':8.} # Pictures a second; the others have 10
 
@@ -158,59 +138,6 @@ def moments(
 )->np.ndarray: # `(N,)` int64
     "The tenths of a second in which pictures were taken, on the common clock."
     return np.rint(10*(start + (np.asarray(numbers)-1)/rate)).astype(np.int64)
-
-# %% ../../../nbs/05c_data.readers.cityflow.ipynb #e9b0bb1c
-class Film:
-    "A video as a row of pictures; `DataError` if it does not open or ends."
-    keep = 4 # Pictures that stay in memory
-    def __init__(self,
-        path # A file that OpenCV can read
-    ):
-        self.path,self.lock,self.recent = Path(path),threading.Lock(),{}
-        if not self.path.is_file(): raise DataError(path, 'no such file')
-        self._open()
-        get = lambda k: self.video.get(getattr(cv2, f'CAP_PROP_{k}'))
-        self.n,self.rate = int(get('FRAME_COUNT')), get('FPS')
-        self.size = int(get('FRAME_WIDTH')), int(get('FRAME_HEIGHT'))
-        if self.n<1: raise DataError(path, 'holds no pictures')
-    def _open(self):
-        self.video = cv2.VideoCapture(str(self.path))
-        self.at,self.pid = 0,os.getpid()
-        if not self.video.isOpened(): raise DataError(self.path, 'not a video')
-    def __len__(self): return self.n
-    def __reduce__(self): return Film, (self.path,)
-    def __repr__(self): return f'Film({self.path.name}, {self.n} pictures)'
-
-# %% ../../../nbs/05c_data.readers.cityflow.ipynb #35e78c5c
-@patch
-def __getitem__(self:Film,
-    i:int # From 0
-)->np.ndarray: # `(H,W,3)` uint8 RGB
-    "A picture of the video."
-    if not 0<=i<self.n: raise IndexError(f'{self.path}: no picture {i}')
-    with self.lock:
-        if i in self.recent: return self.recent[i].copy()
-        if i<self.at or self.pid!=os.getpid(): self._open()
-        while self.at<i and self.video.grab(): self.at += 1
-        ok,im = self.video.read() if self.at==i else (False, None)
-        if not ok: raise DataError(self.path, f'ends before picture {i}')
-        self.at += 1
-        self.recent[i] = im = cv2.cvtColor(im, cv2.COLOR_BGR2RGB)
-        for k in list(self.recent)[:-self.keep]: del self.recent[k]
-        return im.copy()
-
-# %% ../../../nbs/05c_data.readers.cityflow.ipynb #da80851f
-@patch
-def unpack(self:Film,
-    folder=None, # To fill; `None` is `img1` beside the video
-    every:int=1 # Write only each so many-th
-)->list: # Paths of pictures `000001.jpg`, ...
-    "The film as pictures, numbered from 1 as in `gt.txt`."
-    folder = self.path.parent/'img1' if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder/f'{i+1:06d}.jpg' for i in range(0, self.n, every)]
-    for p in paths: Image.fromarray(self[int(p.stem)-1]).save(p, quality=95)
-    return paths
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #957e3694
 @dataclass
@@ -283,7 +210,7 @@ def _geometry(folders, sizes, origin, guess):
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #ef21bfb4
 def _labels(folder, shots, clip, size, dropped):
     "A camera's boxes: number of the picture, box, pid, cut."
-    m = read_mot(folder/'gt'/'gt.txt')
+    m = read_mot(folder/'gt'/'gt.txt', first=0)
     for k,pid,box,score in zip(m.frames.tolist(), m.pids.tolist(),
                                m.xyxy.tolist(), m.scores):
         label = f'vehicle {pid}, {folder.name}, frame {k}'
@@ -375,16 +302,11 @@ def _save_film(path, pictures, size, rate, video):
     "Pictures as `vdo.avi`, or in `img1`."
     path.mkdir(parents=True, exist_ok=True)
     Image.new('L', size, 255).save(path/'roi.jpg')
-    if not video:
-        (path/'img1').mkdir()
-        for k,im in enumerate(pictures, 1):
-            Image.fromarray(im).save(path/'img1'/f'{k:06d}.png')
-        return
-    out = cv2.VideoWriter(str(path/'vdo.avi'), cv2.CAP_OPENCV_MJPEG,
-                          cv2.VideoWriter_fourcc(*'MJPG'), rate, size)
-    if not out.isOpened(): raise DataError(path/'vdo.avi', 'cannot be written')
-    for im in pictures: out.write(cv2.cvtColor(im, cv2.COLOR_RGB2BGR))
-    out.release()
+    if video: # the rate is in `reidlit.json`; this kind of file rounds it
+        return write_film(path/'vdo.avi', pictures, max(1, round(rate)))
+    (path/'img1').mkdir()
+    for k,im in enumerate(pictures, 1):
+        Image.fromarray(im).save(path/'img1'/f'{k:06d}.png')
 
 def _lines(boxes, seen, dropped, where):
     "Lines of `gt.txt` for a camera's `{number: Boxes}`."
@@ -397,13 +319,10 @@ def _lines(boxes, seen, dropped, where):
 
 def _even(times, late, n):
     "Step of the moments and each camera's delay, if they make sense."
-    steps = set(np.diff(times).tolist()) or {1}
-    if not times or len(steps)>1 or min(steps)<1:
-        raise ValueError(f'times={times}: not evenly spaced')
-    late = list(late or [0]*n)
+    step,late = even_step(times),list(late or [0]*n)
     if len(late)!=n or min(late)<0 or max(late)>=len(times):
         raise ValueError(f'late={late}: expected {n} of 0..{len(times)-1}')
-    return steps.pop(), late
+    return step, late
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #7dda3091
 def write_cityflow(
