@@ -6,7 +6,7 @@
 __all__ = ['app', 'choices', 'train_method', 'search', 'write_search', 'diagnosis', 'about', 'command', 'draw_world',
            'train_command', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor', 'camera_number',
            'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'looks_of', 'track_people',
-           'demo_page', 'demo', 'main']
+           'search_frames', 'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -24,10 +24,11 @@ from types import SimpleNamespace
 from typing import Annotated
 import matplotlib.pyplot as plt,numpy as np,torch,typer
 from . import mcssl
-from .core import (DataError,ReidSet,active_preset,data_home,
+from .core import (DataError,Dropped,ReidSet,active_preset,data_home,
     default_device,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
+from .data.readers.market import list_images
 from .data.readers.mot import write_mot
 from .data.world import World
 from .detection.detectors import load_detector,save_detector
@@ -37,6 +38,7 @@ from .detection.training import base_detector,detector_scores,make_base
 from .experiments import (Run,check_sources,load_paper,papers,reproduce,
     surroundings,train_run)
 from .films import Film,annotate,write_film
+from .idfree import PointID,TwoStep,search_person
 from .learner import extract_features,fast_dtype
 from .metrics.thresholds import pair_distances,pick_threshold
 from .models import ReidModel,weights_file
@@ -45,7 +47,7 @@ from .report import (Page,data_section,frames_section,map_section,
 from .runs import load_model
 from .tracklets import score_target
 from .video import make_reid,reid_for
-from .viz import show_ranked
+from .viz import PALETTE,show_boxes,show_ranked
 
 # %% ../nbs/80_cli.ipynb #3d4c5d8d
 def choices(
@@ -474,6 +476,65 @@ def track_people(
         raise typer.Exit(130)
     if film.unread: typer.echo(f'{len(film.unread)} pictures of {video} could not '
         'be read; from there on boxes may be late')
+
+# %% ../nbs/80_cli.ipynb #71471bbe
+def _box(text):
+    "Four numbers; `ValueError` if they are not."
+    try: box = [float(v) for v in text.split(',')]
+    except ValueError: box = []
+    if len(box)!=4: raise ValueError(f'box {text!r}: expected LEFT,TOP,RIGHT,BOTTOM')
+    return box
+
+def _finder(run, device):
+    "What finds and describes people, and the size of frames that it wants."
+    if run is None: return TwoStep(base_detector('people', device=device),
+                                   reid_for('people', device)[0]),None
+    model,info = load_model(run, device)
+    if not isinstance(model, PointID): raise DataError(
+        run, f'is a {type(model).__name__}', 'a run of fit_idfree')
+    size = info.get('settings', {}).get('size')
+    return model,size and tuple(size)
+
+@command('search-frames', 'query', 'frames')
+def search_frames(
+    query:Path, # A picture of the person, or a frame and --box
+    frames:Path, # A folder of frames
+    box:str|None=None, # LEFT,TOP,RIGHT,BOTTOM in the query, pixels; else all of it
+    run:Path|None=None, # Folder of a trained PointID
+    top:int=10, # Frames listed at most
+    sure:float=.3, # Score of a box, at least
+    out:Path=Path('search-frames'), # Where files go
+    device:str|None=None # cpu, cuda, cuda:1 ...
+):
+    "Where the person in QUERY is seen again in the pictures of FRAMES."
+    d = Dropped(); files = list_images(frames, d, deep=True)
+    if not files: raise DataError(frames, f'holds no pictures (dropped {d})')
+    d.report(frames)
+    im = ReidSet([query], None).read(0)
+    where = _box(box) if box else [0, 0, *im.shape[1::-1]]
+    model,size = _finder(run, device)
+    hits = search_person(model, im, where, ReidSet(files, None), top, sure, size)
+    typer.echo(f'{len(files)} frames, people in {len(hits)} of the {top} best')
+    if not hits: return
+    text = io.StringIO(); table = csv.writer(text)
+    table.writerow(['frame', 'left', 'top', 'right', 'bottom', 'score', 'similarity'])
+    for h in hits: table.writerow([files[h.frame], *np.round(h.box, 1).tolist(),
+                                   f'{h.score:.4f}', f'{h.similarity:.4f}'])
+    typer.echo(write_atomic(out/'search.csv', text.getvalue().encode()))
+    typer.echo(_draw_hits(im, where, hits[:8], files, out))
+
+# %% ../nbs/80_cli.ipynb #38092798
+def _draw_hits(query, box, hits, files, out):
+    "The picture of a query and its best frames."
+    fig,axes = plt.subplots(3, 3, figsize=(10, 6.4), layout='constrained')
+    for ax in axes.flat: ax.axis('off')
+    show_boxes(query, [box], None, ['k'], axes[0, 0], 2.5).set_title('query')
+    for h,ax in zip(hits, axes.flat[1:]):
+        im = ReidSet([files[h.frame]], None).read(0)
+        show_boxes(im, [h.box], None, [PALETTE[0]], ax, 2.5)
+        ax.set_title(f'{Path(files[h.frame]).name}: {h.similarity:.2f}', fontsize=9)
+    png = io.BytesIO(); fig.savefig(png, dpi=100); plt.close(fig)
+    return write_atomic(out/'search.png', png.getvalue())
 
 # %% ../nbs/80_cli.ipynb #9963791c
 def demo_page(

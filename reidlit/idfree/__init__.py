@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'LOSSES', 'PUBLISHED', 'BY_PRESET', 'PHASES', 'ViewPairs', 'FramePairs', 'IdentityLoss', 'SimilarityLoss',
            'pair_batch', 'idfree_settings', 'stage_learner', 'IdfreeFit', 'fit_idfree', 'Hit', 'search_person',
-           'EmbeddingQueue', 'PointID', 'TRANSFORMS', 'ViewSettings', 'WAYS', 'dense_contrastive_loss',
-           'identity_memory', 'mine_clip', 'mine_tracks', 'two_views']
+           'TwoStep', 'EmbeddingQueue', 'OnlineTracker', 'PointID', 'TRANSFORMS', 'ViewSettings', 'WAYS',
+           'dense_contrastive_loss', 'identity_memory', 'mine_clip', 'mine_tracks', 'track_film', 'two_views']
 
 # %% ../../nbs/53_idfree.ipynb #a162df4d
 from functools import partial
@@ -17,8 +17,9 @@ import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from fastai.optimizer import Adam,SGD
 from ..core import as_boxes,default_device,logger,seed_all
 from ..data.sets import FrameSet
-from ..detection.detectors import Detections,to_images
+from ..detection.detectors import Detections,Detector,to_images
 from ..detection.fcos import fcos_losses
+from ..detection.online_tracker import OnlineTracker,crop_features,track_film,unit
 from ..detection.training import detector_learner,frame_at_size,task_learner
 from ..runs import check_folder,fit,make_settings,save_model,step_decay
 from reidlit.idfree.contrastive import (EmbeddingQueue,dense_contrastive_loss,
@@ -29,9 +30,9 @@ from .pointid import PointID
 from .views import TRANSFORMS,ViewSettings,two_views
 
 # %% ../../nbs/53_idfree.ipynb #ea19fa97
-_all_ = ['EmbeddingQueue', 'PointID', 'TRANSFORMS', 'ViewSettings', 'WAYS',
-         'dense_contrastive_loss', 'identity_memory', 'mine_clip', 'mine_tracks',
-         'two_views']
+_all_ = ['EmbeddingQueue', 'OnlineTracker', 'PointID', 'TRANSFORMS', 'ViewSettings',
+         'WAYS', 'dense_contrastive_loss', 'identity_memory', 'mine_clip',
+         'mine_tracks', 'track_film', 'two_views']
 
 # %% ../../nbs/53_idfree.ipynb #64cdb076
 class ViewPairs:
@@ -352,3 +353,25 @@ def search_person(
         k = int((f@mine).argmax())
         hits.append(Hit(i, d.xyxy[k]/scale, float(d.scores[k]), float(f[k]@mine)))
     return sorted(hits, key=lambda h: -h.similarity)[:top]
+
+# %% ../../nbs/53_idfree.ipynb #2d40668e
+class TwoStep(nn.Module):
+    "A detector and a network for crops, wherever a `PointID` may be."
+    def __init__(self,
+        detector:Detector, # Trained
+        describe:nn.Module, # Crops `(N,3,h,w)` to features, trained
+        size:tuple=(64, 32) # `(h,w)` of the crops it was trained on
+    ):
+        super().__init__()
+        self.detector,self.describe,self.size = detector.eval(),describe.eval(),size
+
+    def embed_boxes(self, images, boxes):
+        "Features of given boxes, for each image `(K,D)`, rows of length 1."
+        frames = (images*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        looks = crop_features(self.describe, tuple(self.size))
+        return [unit(looks(im, b)) for im,b in zip(frames, boxes, strict=True)]
+
+    def find(self, images, least=.05):
+        "For each image `Detections` and features `(n,D)`."
+        found = self.detector.predict(images, least)
+        return list(zip(found, self.embed_boxes(images, [d.xyxy for d in found])))

@@ -13,10 +13,9 @@ from pathlib import Path
 import cv2,numpy as np,torch
 from joblib import Parallel,delayed
 from sklearn.cluster import DBSCAN
-from ..core import (DataError,Dropped,as_boxes,as_features,as_labels,check_shapes,
+from ..core import (DataError,Dropped,as_boxes,as_features,as_labels,
     write_atomic)
-from ..data.sets import FrameSet
-from ..detection.detectors import Detections,to_images
+from ..detection.detectors import to_images
 
 # %% ../../nbs/52_idfree.mining.ipynb #979e6947
 def cluster_boxes(
