@@ -334,13 +334,30 @@ def test_chances_and_strengths():
 
 def test_input_that_is_wrong():
     frame, box, r = picture(3), [[10, 10, 30, 40]], rng_for(0)
-    for args, text in (((frame.astype(float), box), 'expected uint8'), ((frame[..., :2], box), 'frame has shape'),
+    for args, text in (((frame.astype(float), box), 'frame is float64'), ((frame[:0], box), 'with pixels'), ((frame[..., :2], box), 'frame has shape'),
                        ((frame, [[10, 10, 5, 40]]), 'ends before it starts'), ((frame, [[10, 10, np.nan, 40]]), 'not finite'),
                        ((frame, [[1, 2, 3]]), 'boxes has shape')):
         with pytest.raises(ValueError, match=text): two_views(*args, r)
     with pytest.raises(ValueError, match='names='): two_views(frame, box, r, ('flip',))
     gone = two_views(frame, [[-50, 0, -10, 40], [10, 10, 10, 40]], r)
     assert [len(v.rows) for v in gone] == [0, 0]
+
+
+def test_frames_in_any_order_of_memory():
+    frame, box = picture(4), [[20, 10, 60, 80]]
+    for f in (frame[:, ::-1], frame[..., ::-1], np.asfortranarray(frame), frame[::2]):
+        a, b = (augment_view(g, box, rng_for(0)) for g in (f, np.ascontiguousarray(f)))
+        assert np.array_equal(a.frame, b.frame) and np.array_equal(a.boxes, b.boxes)
+
+
+def test_numbers_of_any_width():
+    x, y, q, z = case(12, dtype=torch.float32)
+    want, queue = dense_contrastive_loss(x, y, q, z), EmbeddingQueue(8, 9)
+    assert dense_contrastive_loss(x, y.int(), q, z.short()) == want
+    queue.enqueue(x, y.int(), torch.zeros(40, dtype=torch.int16))
+    for f in (lambda: queue.enqueue(x, y.float()), lambda: dense_contrastive_loss(x, y, q, z.double()),
+              lambda: person_means(x, y, y > 2), lambda: nearest_points(y.float(), y, y)):
+        with pytest.raises(ValueError, match='expected whole numbers'): f()
 
 
 def test_package_has_no_names_left_over():

@@ -48,6 +48,12 @@ def _unit(x, name):
         f'{name}: row {i} has length {length[i]:.3g}, expected 1')
     return x
 
+def _numbers(x, name):
+    "`x` as int64; `ValueError` if it holds no whole numbers."
+    if x.is_floating_point() or x.dtype==torch.bool:
+        raise ValueError(f'{name}: {x.dtype}, expected whole numbers')
+    return x.long()
+
 def dense_contrastive_loss(
     points:torch.Tensor, # Unit features of points in boxes `(P,D)`, all views
     ids:torch.Tensor, # Their persons' numbers `(P,)`
@@ -61,6 +67,7 @@ def dense_contrastive_loss(
                  queue=(queue, 'Q D'), queue_ids=(queue_ids, 'Q'))
     if not temperature>0:
         raise ValueError(f'temperature={temperature}: expected above 0')
+    ids,queue_ids = _numbers(ids, 'ids'),_numbers(queue_ids, 'queue_ids')
     with torch.autocast(points.device.type, enabled=False):
         x,q = _unit(points, 'points'),_unit(queue.detach(), 'queue')
         a = x/temperature
@@ -86,6 +93,11 @@ def _measured(x, pair, ids, q, queue_ids):
     return dict(anchors=on.sum(), positive=together, queue=apart, chance=chance)
 
 # %% ../../nbs/50_idfree.contrastive.ipynb #fcf5f114
+def _groups(ids, views):
+    "Pairs of person and view `(M,2)`, and which one each point has `(P,)`."
+    pair = torch.stack([_numbers(ids, 'ids'), _numbers(views, 'views')], 1)
+    return pair.unique(dim=0, return_inverse=True)
+
 @torch.no_grad()
 def person_means(
     points:torch.Tensor, # Unit features of points `(P,D)`
@@ -95,7 +107,7 @@ def person_means(
     "A row for each person and view, the mean of the points there."
     views = torch.zeros_like(ids) if views is None else views
     check_shapes(points=(points, 'P D'), ids=(ids, 'P'), views=(views, 'P'))
-    key,i = torch.stack([ids, views], 1).unique(dim=0, return_inverse=True)
+    key,i = _groups(ids, views)
     x = as_features(points, 'points') # in 32 bits
     total = x.new_zeros(len(key), x.shape[1]).index_add_(0, i, x)
     return F.normalize(total),key[:, 0]
@@ -172,7 +184,7 @@ def nearest_points(
 )->torch.Tensor: # Rows `(M,)`, one for each person and view
     "The point of each person in each view that is nearest to the middle."
     check_shapes(ids=(ids, 'P'), views=(views, 'P'), distance=(distance, 'P'))
-    key,i = torch.stack([ids, views], 1).unique(dim=0, return_inverse=True)
+    key,i = _groups(ids, views)
     order = distance.argsort(stable=True); rank = order.argsort()
     first = rank.new_full((len(key),), len(ids))
     return order[first.scatter_reduce(0, i, rank, 'amin')]

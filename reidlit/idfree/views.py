@@ -158,13 +158,14 @@ class View(NamedTuple):
     rows:np.ndarray # Which of the frame's boxes these are `(M,)` int64
 
 def _checked(frame, boxes, names):
-    "The boxes cut at the border; `ValueError` for no frame, box or name."
+    "Boxes cut at the border, and names; `ValueError` for what is none."
     check_shapes(frame=(frame, 'H W 3'))
-    if frame.dtype!=np.uint8:
-        raise ValueError(f'frame is {frame.dtype}: expected uint8')
-    if isinstance(names, str) or (odd := set(names)-set(TRANSFORMS)):
+    if frame.dtype!=np.uint8 or not frame.size: raise ValueError(
+        f'frame is {frame.dtype} {frame.shape}: expected uint8 with pixels')
+    names = names if isinstance(names, str) else set(names)
+    if isinstance(names, str) or names-set(TRANSFORMS):
         raise ValueError(f'names={names!r}: expected some of {TRANSFORMS}')
-    return _inside(as_boxes(boxes), frame.shape[:2])[0]
+    return _inside(as_boxes(boxes), frame.shape[:2])[0],names
 
 def augment_view(
     frame, # `(H,W,3)` uint8
@@ -174,7 +175,7 @@ def augment_view(
     settings:ViewSettings|None=None # Strengths; `None`: defaults
 )->View:
     "A changed view; `ValueError` names what is wrong with the input."
-    boxes,s = _checked(frame, boxes, names),settings or ViewSettings()
+    s,(boxes,names) = settings or ViewSettings(),_checked(frame, boxes, names)
     seeds = rng.integers(2**63, size=len(TRANSFORMS))
     own = dict(zip(TRANSFORMS, map(np.random.default_rng, seeds)))
     A,new,rows = _move(boxes, frame.shape[:2], own, names, s)
@@ -194,8 +195,8 @@ def two_views(
     both:bool=False # Change the first view too?
 )->tuple: # Two `View`s; a plain one has the frame itself, not a copy
     "A frame twice; `ValueError` names what is wrong with the input."
-    second = augment_view(frame, boxes, rng, names, settings)
-    if both: return augment_view(frame, boxes, rng, names, settings),second
-    cut = _checked(frame, boxes, names)
+    cut,names = _checked(frame, boxes, names)
+    second = augment_view(frame, cut, rng, names, settings)
+    if both: return augment_view(frame, cut, rng, names, settings),second
     rows = np.flatnonzero((cut[:, 2:]>cut[:, :2]).all(1))
     return View(frame, cut[rows], rows),second
