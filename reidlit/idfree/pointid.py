@@ -123,10 +123,10 @@ class PointEncoder(nn.Module):
         self.norm = nn.BatchNorm2d(dim, affine=False) if norm else nn.Identity()
 
     def forward(self, maps):
-        fine,*coarser = [skip(m) for skip,m in zip(self.skips, maps)][::-1]
-        for m in coarser: # each is finer than the one before
-            fine = torch.cat([F.interpolate(fine, size=m.shape[-2:]), m], 1)
-        return self.norm(self.out(fine))
+        x,*finer = [skip(m) for skip,m in zip(self.skips, maps)][::-1]
+        for m in finer:
+            x = torch.cat([F.interpolate(x, size=m.shape[-2:]), m], 1)
+        return self.norm(self.out(x))
 
 # %% ../../nbs/51_idfree.pointid.ipynb #a3d8af4c
 class PointOutput(NamedTuple):
