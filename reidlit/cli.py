@@ -466,7 +466,7 @@ def track_people(
         table = write_mot(out/'tracks.txt', m)
         long = np.unique(m.pids, return_counts=True)[1]/rate
         typer.echo(f'{len(m):,} boxes in {len(long)} tracks' + (f', the longest '
-            f'{long.max():.1f} s, half longer than {np.median(long):.1f} s'
+            f'{long.max():.1f} s, the median {np.median(long):.1f} s'
             if len(long) else '') + f'\n{table}')
         found = [(o.xyxy, o.pids) for o in map(m.at, range(1, len(film)+1))]
         shown = annotate(film.filled(), found)

@@ -692,6 +692,13 @@ def test_track_command(scene, tmp_path):
     assert (np.abs(before.astype(int)-after).max(-1) > 60).mean() > .002  # Boxes are on it
 
 
+def test_world_command_writes_mot17(tmp_path):
+    r = run('world', tmp_path/'w', '--layout', 'mot17', '--people', 12, '--cameras', 2, '--moments', 2)
+    assert r.returncode == 0 and 'mot17 train: 4 pictures' in r.stdout
+    s, = mot_sequences(tmp_path/'w'/'train')[:1]
+    assert len(s) == 2 and s.rate == 2 and len(s.found) <= len(s.truth)
+
+
 @pytest.mark.parametrize('words, message', [
     (['--detections', 'no.txt'], 'no.txt: no such file'), ([], 'detections'),
     (['--detections', '{det}', '--weights', 'no.safetensors'], 'no.safetensors: no such file'),
