@@ -19,7 +19,8 @@ from ..core import as_boxes,default_device,logger,seed_all
 from ..data.sets import FrameSet
 from ..detection.detectors import Detections,Detector,to_images
 from ..detection.fcos import fcos_losses
-from ..detection.online_tracker import OnlineTracker,crop_features,track_film,unit
+from reidlit.detection.online_tracker import (OnlineTracker,crop_features,track_film,
+    unit)
 from ..detection.training import detector_learner,frame_at_size,task_learner
 from ..runs import check_folder,fit,make_settings,save_model,step_decay
 from reidlit.idfree.contrastive import (EmbeddingQueue,dense_contrastive_loss,
@@ -146,10 +147,9 @@ class IdentityLoss(nn.Module):
             self.memory.centroids = self.memory.centroids.clone() # loss keeps the old
             self.memory.update(points.detach(), ids)
             return loss
-        q = self.queue.latest(self.short if warm else None)
-        loss = dense_contrastive_loss(points, ids, *q, self.temperature)
-        self.queue.enqueue(points.detach(), ids, views)
-        return loss
+        self.queue.enqueue(points, ids, views) # people of a batch are rivals too
+        rivals = self.queue.latest(self.short if warm else None)
+        return dense_contrastive_loss(points, ids, *rivals, self.temperature)
 
 # %% ../../nbs/53_idfree.ipynb #31e84a93
 class SimilarityLoss(nn.Module):
