@@ -185,3 +185,24 @@ def test_cylinders_fit_a_real_annotation():
         cam = Camera(np.array(c['camera_matrix']), u@v, np.ravel(c['tvec_cm'])/100, (1920, 1080))
         box = [view[k] for k in ('xmin', 'ymin', 'xmax', 'ymax')]
         assert np.abs(cylinder_boxes(cam, xy)[0][0] - box).max() < 6
+
+
+def test_a_loose_box_shows_everybody_who_stands_in_it(monkeypatch):
+    w,drawn,paint = World(60, 3, 1, 'disjoint', crowd=50, additive=2),[],World._paint
+    def keep(self, c, xy, V, faces, box, *rest):
+        drawn.append((c, xy, box))
+        return paint(self, c, xy, V, faces, box, *rest)
+    monkeypatch.setattr(World, '_paint', keep)
+    beside = 0
+    for pid in w.split['test'][:8]:
+        for c in range(3):
+            for t in w._sightings(pid, c)[:60:12]:
+                drawn.clear()
+                if w._crop(pid, c, t, (64, 32), .5) is None or not drawn: continue
+                (_, xy, box),p = drawn[0],w.positions(t)
+                p = p[w._near(c, p)[1]]
+                tight = w._seen(c, p)[2]
+                there = (tight[:, :2]<box[2:]).all(1) & (tight[:, 2:]>box[:2]).all(1)
+                assert {*map(tuple, p.xy[there])} <= {*map(tuple, xy)}
+                beside += there.sum()-1
+    assert beside>20

@@ -504,19 +504,22 @@ def _detect(self:World, box, *key):
 @patch
 def _crop(self:World, pid, c, t, size, min_visible):
     "One picture `(h,w,3)`; `None` if too little of the person is seen."
-    p = self.positions(t); b,near = self._near(c, p)
-    me,far = b[p.pids==pid][0],np.hypot(*(p.xy-self.cameras[c].center[:2]).T)
+    p = self.positions(t); b,near = self._near(c, p); i = p.pids==pid
+    me,far = b[i][0],np.hypot(*(p.xy-self.cameras[c].center[:2]).T)
     lap = (np.minimum(b, me)[:, 2:] - np.maximum(b, me)[:, :2]).clip(0).prod(1)
-    hidden = near & (far<far[p.pids==pid]) & (lap>1.3*(1-min_visible)*
-                                              (me[2:]-me[:2]).prod())
+    much = lap>1.3*(1-min_visible)*(me[2:]-me[:2]).prod()
+    hidden = near & (far<far[i]) & much
     if hidden.any(): return None
-    wide = self._detect(me, pid, c, t) if self.additive else me # a loose box
-    lo,hi = np.minimum(me[:2], wide[:2]),np.maximum(me[2:], wide[2:]) # sees more
-    p = p[near & (b[:, :2]<hi).all(1) & (b[:, 2:]>lo).all(1)]
+    box,arms = me,0
+    if self.additive: # a loose box sees more: all who are in it, arms too
+        box = self._detect(self._seen(c, p[i])[2][0], pid, c, t)
+        arms = .4*(b[:, 2:]-b[:, :2])
+    there = (b[:, :2]-arms<box[2:]).all(1) & (b[:, 2:]+arms>box[:2]).all(1)
+    p = p[i | near & there]
     V,faces,tight = self._seen(c, p)
     k,(h,w) = int(np.flatnonzero(p.pids==pid)[0]),size
     box = self._detect(tight[k], pid, c, t)
-    if (box[2:]-box[:2]).min()<4: return None
+    if not (box[2:]-box[:2]).min()>=4: return None
     canvas = self._paint(c, p.xy, V, faces, box, (w, h), 3)
     scale = 3*np.array([w, h])/(box[2:]-box[:2])
     seen = np.count_nonzero(canvas[..., 3]==k+1)
