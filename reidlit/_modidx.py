@@ -1757,6 +1757,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'reidlit.padal.lab.lab_data': ('padal.lab.html#lab_data', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.lab_scores': ('padal.lab.html#lab_scores', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.map_stages': ('padal.lab.html#map_stages', 'reidlit/padal/lab.py'),
+                                   'reidlit.padal.lab.more': ('padal.lab.html#more', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.padal_world': ('padal.lab.html#padal_world', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.part_gaps': ('padal.lab.html#part_gaps', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.real_core': ('padal.lab.html#real_core', 'reidlit/padal/lab.py'),

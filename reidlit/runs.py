@@ -113,8 +113,11 @@ def load_checkpoint(
     if differ: raise DataError(Path(folder)/'checkpoint.json',
         f'was trained with other settings: {differ}',
         f'the same settings{plan}, or another output folder')
-    learn.model.load_state_dict({k[6:]:v for k,v in tensors.items()
-                                 if k.startswith('model.')})
+    weights = {k[6:]:v for k,v in tensors.items() if k.startswith('model.')}
+    try: learn.model.load_state_dict(weights)
+    except RuntimeError as e: raise DataError(Path(folder)/'checkpoint.json',
+        f'is of another network or other people ({str(e).splitlines()[-1].strip()})',
+        'the same data and settings, or another output folder') from None
     learn.create_opt()
     opt = state['optimiser']
     for i,s in enumerate(opt):

@@ -103,6 +103,15 @@ def test_names_of_before_work_and_say_where_they_are():
         assert place in text
 
 
+def test_a_run_does_not_go_on_with_other_people(tmp_path):
+    s = baseline_settings('drawn', 'ci', p=4, epochs=2)
+    few, more = (World(people=n, cameras=2, seed=1).crops('train', 2) for n in (12, 16))
+    with quiet():
+        with pytest.raises(KeyboardInterrupt): fit(baseline_learner(few, None, None, s, 'cpu'), 2, tmp_path, s, stop_after=1)
+        with pytest.raises(DataError, match='checkpoint.json: is of another network or other people'):
+            fit(baseline_learner(more, None, None, s, 'cpu'), 2, tmp_path, s, resume=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_resuming_on_a_gpu_differs_as_equal_runs_do(tmp_path):
     train = World(20, 2, 1).crops('train', per_camera=3, size=(64, 32))
