@@ -27,7 +27,7 @@ from reidlit.idfree.contrastive import (EmbeddingQueue,dense_contrastive_loss,
     identity_memory)
 from reidlit.idfree.mining import (WAYS,MinedClip,film_picture,mine_clip,
     mine_tracks)
-from .pointid import PointID
+from .pointid import PointID,PointOutput
 from .views import TRANSFORMS,ViewSettings,two_views
 
 # %% ../../nbs/53_idfree.ipynb #ea19fa97
@@ -124,7 +124,7 @@ class IdentityLoss(nn.Module):
         kind:str='contrastive', # One of `LOSSES`
         queue:int=32768, # Embeddings in the queue
         short:int=256, # Of them in the first `warm` batches
-        warm:int=0, # A short queue helps a network without pre-training
+        warm:int=0, # Batches with the short queue, which shows a collapse
         temperature:float=.07 # Divides similarities
     ):
         super().__init__()
@@ -135,12 +135,12 @@ class IdentityLoss(nn.Module):
         if kind=='contrastive': self.queue = EmbeddingQueue(dim, queue)
         elif kind=='memory':
             self.memory = identity_memory(max(people, 1), dim, temperature=temperature)
-        else: self.classes = nn.Linear(dim, max(people, 1))
+        else: self.classes = nn.Linear(dim, max(people, 1), bias=False)
 
     def forward(self, points, ids, views):
-        if not len(ids): return points.sum()*0
         warm,self.seen = self.seen<self.warm,self.seen+1
-        if self.kind=='classifier': # lengths as a softmax needs them
+        if self.kind!='contrastive' and not len(ids): return points.sum()*0
+        if self.kind=='classifier':
             return F.cross_entropy(self.classes(points)/self.temperature, ids)
         if self.kind=='memory':
             loss = self.memory.loss(points, ids)
@@ -163,7 +163,8 @@ class SimilarityLoss(nn.Module):
         self.identity,self.weight,self.detect = identity,weight,detect
 
     def forward(self, detector, frames, targets, ids):
-        out = detector(to_images(frames))
+        x = to_images(frames)
+        out = detector(x) if self.detect else PointOutput(detector.embeddings(x), None)
         t = detector.assign(out, targets)
         losses = fcos_losses(out.head, t) if self.detect else {}
         if self.identity is None: return losses
@@ -191,7 +192,7 @@ def pair_batch(
 
 # %% ../../nbs/53_idfree.ipynb #012b400b
 PUBLISHED = dict(weight=.2, temperature=.07, loss='contrastive', sample='biased',
-    how='linked', eps=.2, least=4, sure=.5, every=1, transforms=list(TRANSFORMS),
+    how='linked', eps=None, least=4, sure=.5, every=1, transforms=list(TRANSFORMS),
     both=False, seed=0)
 _TINY = dict(backbone='tiny', weights=None, stride=8, optimiser='adam', lr=2e-3, wd=.01,
              short=256)
@@ -228,8 +229,11 @@ def idfree_settings(
             raise ValueError(f'{name}={s[name]!r}: expected 1 or more')
     if len(s['steps'])!=3 or not all(whole(v, 0) for v in s['steps']):
         raise ValueError(f"steps={s['steps']!r}: expected three whole numbers")
-    for name in ('weight', 'lr', 'temperature', 'eps'):
-        if not s[name]>=0: raise ValueError(f'{name}={s[name]!r}: expected 0 or more')
+    for name,ok in (('weight', s['weight']>=0), ('lr', s['lr']>0), ('warm', s['warm']>=0),
+        ('temperature', s['temperature']>0), ('sure', 0<=s['sure']<=1),
+        ('eps', s['eps'] is None or s['eps']>0),
+        ('transforms', set(s['transforms'])<=set(TRANSFORMS))):
+        if not ok: raise ValueError(f'{name}={s[name]!r}: not in its range')
     return s
 
 # %% ../../nbs/53_idfree.ipynb #462d3acc
@@ -277,7 +281,7 @@ class IdfreeFit(NamedTuple):
     history:dict # Losses by stage, a row an epoch
 
 def fit_idfree(
-    images:FrameSet, # Pictures with boxes; nobody is in two of them
+    images:FrameSet, # Pictures with boxes; without `ids` nobody is in two of them
     films=(), # Films of other people, see `mine_tracks`; or `MinedClip`s, as they are
     settings:dict|None=None, # From `idfree_settings`; `None`: its defaults
     ids=None, # Labels of people by box, if there are; -1: unknown
@@ -306,7 +310,7 @@ def fit_idfree(
     if mined and not isinstance(mined[0], MinedClip):
         mined = mine_tracks(detector.to(device), mined, at('tracks'), jobs,
             how=s['how'], every=s['every'], size=s['size'], sure=s['sure'],
-            eps=s['eps'], least=s['least'])
+            least=s['least'], **({} if s['eps'] is None else dict(eps=s['eps'])))
     if films and not mined: logger.warning(
         'no track in %d films: stages video and head are left out', len(films))
     if mined:
@@ -323,20 +327,19 @@ def fit_idfree(
 # %% ../../nbs/53_idfree.ipynb #824d2984
 class Hit(NamedTuple):
     "Somebody who is found in a frame."
-    frame:int # Number of the frame
+    frame:int # Its row among the frames
     box:np.ndarray # xyxy `(4,)`, pixels
     score:float # How sure the detector is, 0..1
     similarity:float # Cosine with the query, -1..1
 
 def search_person(
-    model:PointID, # Trained, in evaluation mode
+    model, # A `PointID` or `TwoStep`, trained
     query, # The frame `(H,W,3)` uint8 with the person
     box, # Of the person there, xyxy `(4,)`
     frames, # Where to search: a `FrameSet`, or frames by number
     top:int=20, # Hits at most
     sure:float=.3, # Score of a box, at least
-    size:tuple|None=None, # `(H,W)` that the network sees; `None`: as they are
-    bs:int=8 # Frames at once
+    size:tuple|None=None # `(H,W)` that the network sees; `None`: as they are
 )->list: # `Hit`s, the most similar first; the best of each frame
     "Where a person is found again; `ValueError` for a box that is none."
     as_boxes([box], 'box', area=True); model.eval()

@@ -9,13 +9,16 @@ __all__ = ['WAYS', 'cluster_boxes', 'mining_scores', 'can_follow', 'link_boxes',
 # %% ../../nbs/52_idfree.mining.ipynb #90757a93
 import hashlib,io,json
 from dataclasses import dataclass,replace
+from functools import partial
 from pathlib import Path
-import cv2,numpy as np,torch
+from types import SimpleNamespace
+import numpy as np,torch
 from joblib import Parallel,delayed
 from sklearn.cluster import DBSCAN
 from ..core import (DataError,Dropped,as_boxes,as_features,as_labels,
     write_atomic)
 from ..detection.detectors import to_images
+from ..detection.training import frame_at_size
 
 # %% ../../nbs/52_idfree.mining.ipynb #979e6947
 def cluster_boxes(
@@ -79,7 +82,7 @@ def link_boxes(
     i,j = np.nonzero(np.triu(ok)); order = far[i, j].argsort(kind='stable')
     group,rows = np.arange(len(f)),[[k] for k in range(len(f))]
     times = [{t} for t in frames.tolist()]
-    for a,b in zip(group[i[order]], group[j[order]]):
+    for a,b in zip(i[order], j[order]):
         a,b = sorted((group[a], group[b]), key=lambda k: -len(rows[k]))
         if a==b or times[a] & times[b]: continue
         rows[a] += rows[b]; times[a] |= times[b]; group[rows[b]] = a
@@ -147,13 +150,11 @@ def film_picture(
 
 def _find(model, clip, rows, size, sure):
     "Boxes in the film's own pixels, and features, of some pictures."
-    frames = [film_picture(clip, i) for i in rows]
-    h,w = frames[0].shape[:2]
-    if size is not None: frames = [cv2.resize(f, size[::-1]) for f in frames]
-    scale = np.divide([w, h], frames[0].shape[1::-1])
+    film = SimpleNamespace(read=partial(film_picture, clip))
+    frames,scales = zip(*[frame_at_size(film, i, size) for i in rows])
     device = next(model.parameters()).device
-    for d,f in model.find(to_images(np.stack(frames), device), sure):
-        d.xyxy *= np.float32(np.tile(scale, 2))
+    for (d,f),scale in zip(model.find(to_images(np.stack(frames), device), sure), scales):
+        d.xyxy /= scale
         yield d,torch.as_tensor(f).float().cpu()
 
 # %% ../../nbs/52_idfree.mining.ipynb #f7ceaeb8
@@ -196,7 +197,7 @@ def mine_tracks(
     clips, # Films: see `mine_clip`; of a folder: `film_folder`
     folder=None, # Where a film's tracks wait; `None`: only in memory
     jobs:int=1, # Films at the same time
-    dropped:Dropped|None=None, # Takes films that cannot be read; `None`: logged
+    dropped:Dropped|None=None, # Takes films without a track or broken; `None`: logged
     progress=None, # Wraps an iterable: fastprogress's `progress_bar`
     **settings # For `mine_clip`: `how`, `every`, `size`, `eps`, ...
 )->list: # A `MinedClip` for each film that has at least one track
