@@ -1283,6 +1283,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'reidlit.idfree.mining': { 'reidlit.idfree.mining.MinedClip': ('idfree.mining.html#minedclip', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining.MinedClip.__str__': ( 'idfree.mining.html#minedclip.__str__',
                                                                                     'reidlit/idfree/mining.py'),
+                                       'reidlit.idfree.mining._film_key': ('idfree.mining.html#_film_key', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining._find': ('idfree.mining.html#_find', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining._made_by': ('idfree.mining.html#_made_by', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining._mine_one': ('idfree.mining.html#_mine_one', 'reidlit/idfree/mining.py'),

@@ -454,8 +454,9 @@ def track_people(
 ):
     "Follow people through VIDEO, given boxes; write tracks and a film."
     film = Film(video)
-    rate,boxes = rate or film.rate,read_detections(detections, len(film))
-    if not rate>0: raise DataError(video, 'does not say its rate', '--rate')
+    if rate is None: rate = film.rate
+    if not 0<rate<1000: raise DataError(video, f'rate {rate}', '--rate, above 0')
+    boxes = read_detections(detections, len(film))
     make = looks_of(weights, device) if weights else None
     n = sum((d.scores>=least).sum() for d in boxes)
     typer.echo(f'{len(film)} frames, {rate:g} a second; {n:,} of '
@@ -507,21 +508,23 @@ def search_frames(
     device:str|None=None # cpu, cuda, cuda:1 ...
 ):
     "Where the person in QUERY is seen again in the pictures of FRAMES."
+    if not frames.is_dir(): raise DataError(frames, 'no such folder')
     d = Dropped(); files = list_images(frames, d, deep=True)
     if not files: raise DataError(frames, f'holds no pictures (dropped {d})')
-    d.report(frames)
     im = ReidSet([query], None).read(0)
-    where = _box(box) if box else [0, 0, *im.shape[1::-1]]
+    where = [0, 0, *im.shape[1::-1]] if box is None else _box(box)
     model,size = _finder(run, device)
-    hits = search_person(model, im, where, ReidSet(files, None), top, sure, size)
+    hits = search_person(model, im, where, ReidSet(files, None), top, sure, size, d)
+    d.report(frames)
     typer.echo(f'{len(files)} frames, people in {len(hits)} of the {top} best')
-    if not hits: return
     text = io.StringIO(); table = csv.writer(text)
     table.writerow(['frame', 'left', 'top', 'right', 'bottom', 'score', 'similarity'])
-    for h in hits: table.writerow([files[h.frame], *np.round(h.box, 1).tolist(),
-                                   f'{h.score:.4f}', f'{h.similarity:.4f}'])
+    for h in hits:
+        box = np.round(h.box.astype(float), 1).tolist()
+        table.writerow([files[h.frame], *box, f'{h.score:.4f}', f'{h.similarity:.4f}'])
     typer.echo(write_atomic(out/'search.csv', text.getvalue().encode()))
-    typer.echo(_draw_hits(im, where, hits[:8], files, out))
+    (out/'search.png').unlink(missing_ok=True) # of an earlier search
+    if hits: typer.echo(_draw_hits(im, where, hits[:8], files, out))
 
 # %% ../nbs/80_cli.ipynb #38092798
 def _draw_hits(query, box, hits, files, out):

@@ -55,7 +55,8 @@ def to_images(
     device=None # Where to; `None`: where they are
 )->Tensor: # `(N,3,H,W)` float, 0..1
     "Frames as a network wants them."
-    x = frames if torch.is_tensor(frames) else torch.as_tensor(np.asarray(frames))
+    x = frames if torch.is_tensor(frames) else \
+        torch.as_tensor(np.require(frames, requirements='W'))
     return x.to(device).permute(0, 3, 1, 2).float()/255
 
 # %% ../../nbs/14_detection.detectors.ipynb #29dc68f5

@@ -320,7 +320,9 @@ def read_detections(
     else:
         m = read_mot(path)
         m = m[np.argsort(m.frames, kind='stable')]
-        last = max(m.frames, default=0)
+        last = int(max(m.frames, default=0))
+        if length is not None and last>length: raise DataError(path,
+            f'{(m.frames>length).sum()} boxes after frame {length}, where the film ends')
         ends = np.searchsorted(m.frames, range(2, last+1))
         both = np.split(m.xyxy, ends),np.split(m.scores, ends)
         pairs = list(zip(*both))[:last]

@@ -15,13 +15,15 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from fastai.optimizer import Adam,SGD
-from ..core import as_boxes,default_device,logger,seed_all
+from reidlit.core import (DataError,Dropped,as_boxes,as_labels,default_device,logger,
+    seed_all)
 from ..data.sets import FrameSet
 from ..detection.detectors import Detections,Detector,to_images
 from ..detection.fcos import fcos_losses
 from reidlit.detection.online_tracker import (OnlineTracker,crop_features,track_film,
     unit)
 from ..detection.training import detector_learner,frame_at_size,task_learner
+from ..films import Film
 from ..runs import check_folder,fit,make_settings,save_model,step_decay
 from reidlit.idfree.contrastive import (EmbeddingQueue,dense_contrastive_loss,
     identity_memory)
@@ -46,9 +48,8 @@ class ViewPairs:
         size:tuple|None=None, # `(H,W)` of the network's input; `None` keeps
         both:bool=False # Change the first view too?
     ):
-        self.ids = np.arange(len(items.row)) if ids is None else np.asarray(ids)
-        if len(self.ids)!=len(items.row): raise ValueError(
-            f'{len(self.ids)} ids, {len(items.row)} boxes')
+        self.ids = np.arange(len(items.row)) if ids is None else \
+                   as_labels(ids, 'ids', len(items.row), least=-1)
         self.items,self.names,self.views = items,names,views
         self.size,self.both = size,both
         self.rows = [np.flatnonzero(items.row==i) for i in range(len(items))]
@@ -229,7 +230,8 @@ def idfree_settings(
             raise ValueError(f'{name}={s[name]!r}: expected 1 or more')
     if len(s['steps'])!=3 or not all(whole(v, 0) for v in s['steps']):
         raise ValueError(f"steps={s['steps']!r}: expected three whole numbers")
-    for name,ok in (('weight', s['weight']>=0), ('lr', s['lr']>0), ('warm', s['warm']>=0),
+    for name,ok in (
+        ('weight', s['weight']>=0), ('lr', s['lr']>0), ('warm', s['warm']>=0),
         ('temperature', s['temperature']>0), ('sure', 0<=s['sure']<=1),
         ('eps', s['eps'] is None or s['eps']>0),
         ('transforms', set(s['transforms'])<=set(TRANSFORMS))):
@@ -280,6 +282,18 @@ class IdfreeFit(NamedTuple):
     mined:list # The films' tracks, `MinedClip`s; empty without films
     history:dict # Losses by stage, a row an epoch
 
+def _films(films):
+    "The films as a list, each looked at once: a mistake costs no training."
+    if isinstance(films, (str, Path, Film)) or getattr(films, 'ndim', 1)==4:
+        raise ValueError('films: this is one, expected a list of films')
+    films = list(films)
+    for i,c in enumerate(films):
+        if isinstance(c, MinedClip): continue
+        try: film_picture(c, 0)
+        except (DataError, IndexError): pass # is dropped when it is mined
+        except Exception as e: raise ValueError(f'film {i}: {e}') from None
+    return films
+
 def fit_idfree(
     images:FrameSet, # Pictures with boxes; without `ids` nobody is in two of them
     films=(), # Films of other people, see `mine_tracks`; or `MinedClip`s, as they are
@@ -294,7 +308,7 @@ def fit_idfree(
 )->IdfreeFit:
     "A detector that knows people again, trained in the stages of section 4."
     s,device = settings or idfree_settings(),default_device(device)
-    films = list(films)
+    films = _films(films)
     if films and not s['weight']: raise ValueError('weight=0: films teach nothing then')
     at = lambda name: None if folder is None else Path(folder)/name
     if folder is not None: check_folder(folder, resume)
@@ -339,10 +353,16 @@ def search_person(
     frames, # Where to search: a `FrameSet`, or frames by number
     top:int=20, # Hits at most
     sure:float=.3, # Score of a box, at least
-    size:tuple|None=None # `(H,W)` that the network sees; `None`: as they are
+    size:tuple|None=None, # `(H,W)` that the network sees; `None`: as they are
+    dropped:Dropped|None=None # Takes frames that cannot be read; `None`: an error
 )->list: # `Hit`s, the most similar first; the best of each frame
     "Where a person is found again; `ValueError` for a box that is none."
-    as_boxes([box], 'box', area=True); model.eval()
+    l,t,r,b = as_boxes([box], 'box', area=True)[0].tolist(); model.eval()
+    query = film_picture([query], 0); h,w = query.shape[:2]
+    if not (l<w and t<h and r>0 and b>0):
+        raise ValueError(f'box {[l, t, r, b]}: outside the picture of {w} x {h}')
+    if top<1 or not 0<=sure<=1: raise ValueError(f'top={top}, sure={sure}: expected '
+                                                 '1 or more, and 0 to 1')
     at = lambda im: frame_at_size(SimpleNamespace(read=lambda i: im), 0, size)
     device = next(model.parameters()).device
     im,scale = at(query)
@@ -350,7 +370,10 @@ def search_person(
     mine = model.embed_boxes(to_images(im[None], device), own)[0][0]
     hits = []
     for i in range(len(frames)):
-        im,scale = at(film_picture(frames, i))
+        try: im,scale = at(film_picture(frames, i))
+        except DataError as e:
+            if dropped is None: raise
+            dropped.add(e.problem, i); continue
         (d,f), = model.find(to_images(im[None], device), sure)
         if not len(d): continue
         k = int((f@mine).argmax())

@@ -16,7 +16,7 @@ import numpy as np,torch
 from joblib import Parallel,delayed
 from sklearn.cluster import DBSCAN
 from ..core import (DataError,Dropped,as_boxes,as_features,as_labels,
-    write_atomic)
+    check_shapes,write_atomic)
 from ..detection.detectors import to_images
 from ..detection.training import frame_at_size
 
@@ -145,15 +145,20 @@ def film_picture(
     clip, # See `mine_clip`
     i:int # From 0
 )->np.ndarray: # `(H,W,3)` uint8
-    "A picture of a film."
-    return clip.read(int(i)) if hasattr(clip, 'read') else np.asarray(clip[int(i)])
+    "A picture of a film; `ValueError` if it is none."
+    im = clip.read(int(i)) if hasattr(clip, 'read') else np.asarray(clip[int(i)])
+    if im.dtype!=np.uint8:
+        raise ValueError(f'picture {i} is {im.dtype}, expected uint8')
+    check_shapes(**{f'picture {i}':(im, 'H W 3')})
+    return im
 
 def _find(model, clip, rows, size, sure):
     "Boxes in the film's own pixels, and features, of some pictures."
     film = SimpleNamespace(read=partial(film_picture, clip))
     frames,scales = zip(*[frame_at_size(film, i, size) for i in rows])
     device = next(model.parameters()).device
-    for (d,f),scale in zip(model.find(to_images(np.stack(frames), device), sure), scales):
+    found = model.find(to_images(np.stack(frames), device), sure)
+    for (d,f),scale in zip(found, scales):
         d.xyxy /= scale
         yield d,torch.as_tensor(f).float().cpu()
 
@@ -163,6 +168,15 @@ def _made_by(model, settings):
     h = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for k,v in sorted(model.state_dict().items()):
         h.update(k.encode()+v.detach().cpu().float().numpy().tobytes())
+    return h.hexdigest()
+
+def _film_key(clip):
+    "Three pictures and the numbers of all: another film has another key."
+    h = hashlib.sha256(str(np.asarray(_times(clip)).tolist()).encode())
+    for i in sorted({0, len(clip)//2, len(clip)-1}) if len(clip) else ():
+        try: im = film_picture(clip, i)
+        except DataError: continue # is dropped when it is mined
+        h.update(str(im.shape).encode()+np.ascontiguousarray(im).tobytes())
     return h.hexdigest()
 
 def _save_mined(path, m, made):
@@ -179,11 +193,12 @@ def _read_mined(path, name, made):
     except Exception as e:
         raise DataError(path, f'cannot be read ({type(e).__name__})') from None
     if was==made: return m
-    raise DataError(path, 'mined by another network or other settings',
+    raise DataError(path, 'of another film, another network or other settings',
                     'another folder, or an empty one')
 
 def _mine_one(model, clip, name, path, made, settings):
     "A film's tracks, read if they are there; or what is wrong with the film."
+    if path is not None: made += _film_key(clip)
     if path is not None and path.exists(): return _read_mined(path, name, made)
     try: m = mine_clip(model, clip, name=name, **settings)
     except DataError as e: return e
