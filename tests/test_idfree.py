@@ -51,7 +51,7 @@ def test_every_loss_pulls_a_person_together(kind):
         opt.step()
     s = F.normalize(x, dim=1).detach()
     s, same = s@s.T, ids[:, None]==ids
-    assert s[same].mean()-s[~same].mean()>.7
+    assert s[same].mean()-s[~same].mean()>.5 # .13 before
 
 
 def test_unknown_people_are_boxes_and_no_anchors(photos, small):
