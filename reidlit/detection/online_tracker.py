@@ -321,8 +321,10 @@ def read_detections(
         m = read_mot(path)
         m = m[np.argsort(m.frames, kind='stable')]
         last = int(max(m.frames, default=0))
-        if length is not None and last>length: raise DataError(path,
-            f'{(m.frames>length).sum()} boxes after frame {length}, where the film ends')
+        late = (m.frames>(last if length is None else length)) & \
+               (m.xyxy[:, 2:]>m.xyxy[:, :2]).all(1)
+        if late.any(): raise DataError(path,
+            f'{late.sum()} boxes after frame {length}, where the film ends')
         ends = np.searchsorted(m.frames, range(2, last+1))
         both = np.split(m.xyxy, ends),np.split(m.scores, ends)
         pairs = list(zip(*both))[:last]
