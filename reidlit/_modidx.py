@@ -1293,6 +1293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'reidlit.idfree.mining.can_follow': ('idfree.mining.html#can_follow', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining.cluster_boxes': ( 'idfree.mining.html#cluster_boxes',
                                                                                 'reidlit/idfree/mining.py'),
+                                       'reidlit.idfree.mining.film_frame': ('idfree.mining.html#film_frame', 'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining.film_picture': ( 'idfree.mining.html#film_picture',
                                                                                'reidlit/idfree/mining.py'),
                                        'reidlit.idfree.mining.link_boxes': ('idfree.mining.html#link_boxes', 'reidlit/idfree/mining.py'),

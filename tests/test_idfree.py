@@ -42,7 +42,7 @@ def weights(net): return torch.cat([p.detach().flatten() for p in net.parameters
 @pytest.mark.parametrize('kind', LOSSES)
 def test_every_loss_pulls_a_person_together(kind):
     torch.manual_seed(0)
-    loss, x = IdentityLoss(8, 4, kind, queue=16), torch.nn.Parameter(torch.randn(16, 8))
+    loss, x = IdentityLoss(8, 4, kind, queue=16, temperature=.3), torch.nn.Parameter(torch.randn(16, 8))
     ids, views = torch.arange(4).repeat(4), torch.arange(4).repeat_interleave(4)
     opt = torch.optim.Adam([x, *loss.parameters()], .05)
     for _ in range(60):
@@ -51,7 +51,7 @@ def test_every_loss_pulls_a_person_together(kind):
         opt.step()
     s = F.normalize(x, dim=1).detach()
     s, same = s@s.T, ids[:, None]==ids
-    assert s[same].mean()-s[~same].mean()>.5 # .13 before
+    assert s[same].mean()-s[~same].mean()>.7
 
 
 def test_unknown_people_are_boxes_and_no_anchors(photos, small):

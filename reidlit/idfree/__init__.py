@@ -9,12 +9,10 @@ __all__ = ['SAMPLES', 'LOSSES', 'PUBLISHED', 'BY_PRESET', 'PHASES', 'ViewPairs',
            'dense_contrastive_loss', 'identity_memory', 'mine_clip', 'mine_tracks', 'track_film', 'two_views']
 
 # %% ../../nbs/53_idfree.ipynb #a162df4d
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np,torch,torch.nn as nn,torch.nn.functional as F
-from fastai.optimizer import Adam,SGD
+from fastai.optimizer import Adam
 from reidlit.core import (DataError,Dropped,as_boxes,as_labels,default_device,logger,
     seed_all)
 from ..data.sets import FrameSet
@@ -22,12 +20,13 @@ from ..detection.detectors import Detections,Detector,to_images
 from ..detection.fcos import fcos_losses
 from reidlit.detection.online_tracker import (OnlineTracker,crop_features,track_film,
     unit)
-from ..detection.training import detector_learner,frame_at_size,task_learner
+from reidlit.detection.training import (detector_learner,frame_at_size,frame_batch,
+    task_learner)
 from ..films import Film
 from ..runs import check_folder,fit,make_settings,save_model,step_decay
 from reidlit.idfree.contrastive import (EmbeddingQueue,dense_contrastive_loss,
     identity_memory)
-from reidlit.idfree.mining import (WAYS,MinedClip,film_picture,mine_clip,
+from reidlit.idfree.mining import (WAYS,MinedClip,film_frame,film_picture,mine_clip,
     mine_tracks)
 from .pointid import PointID,PointOutput
 from .views import TRANSFORMS,ViewSettings,two_views
@@ -96,16 +95,12 @@ class FramePairs:
         out = []
         for r in two:
             here = on & (m.row==r)
-            im,scale = frame_at_size(_Film(m.clip), r, self.size)
+            im,scale = film_frame(m.clip, r, self.size)
             out.append((im, m.xyxy[here]*scale, m.labels[here]+self.first[i]))
         if self.sample=='one': return _views(*out[0], self.names, self.views)
         return [(im, Detections(b), ids) for im,b,ids in out]
 
 # %% ../../nbs/53_idfree.ipynb #22b991ee
-class _Film:
-    "A film as what `frame_at_size` reads."
-    def __init__(self, clip): self.read = partial(film_picture, clip)
-
 def _draw(rows, sample):
     "Pictures of a film: one, any two, or one of each half of its time."
     any_ = lambda r,n: r[torch.randperm(len(r))[:n].numpy()]
@@ -186,10 +181,8 @@ def pair_batch(
     items:list # Of `ViewPairs` or `FramePairs`
 )->tuple: # uint8 `(2N,H,W,3)`, `Detections` of each frame, numbers of each
     "A batch; `ValueError` if frames differ in size."
-    frames,targets,ids = zip(*[v for pair in items for v in pair])
-    sizes = sorted({f.shape[:2] for f in frames})
-    if len(sizes)>1: raise ValueError(f'frames of sizes {sizes} in a batch; give size=')
-    return torch.from_numpy(np.stack(frames)),list(targets),list(ids)
+    views = [v for pair in items for v in pair]
+    return *frame_batch([v[:2] for v in views]),[v[2] for v in views]
 
 # %% ../../nbs/53_idfree.ipynb #012b400b
 PUBLISHED = dict(weight=.2, temperature=.07, loss='contrastive', sample='biased',
@@ -241,10 +234,6 @@ def idfree_settings(
 # %% ../../nbs/53_idfree.ipynb #462d3acc
 PHASES = 'images','video','head'
 
-def _optimiser(s):
-    "fastai's Adam, or the paper's SGD."
-    return Adam if s['optimiser']=='adam' else partial(SGD, mom=.9)
-
 def stage_learner(
     detector:PointID, # Is trained
     stage:str, # One of `PHASES`
@@ -256,8 +245,8 @@ def stage_learner(
     s = settings
     if stage not in PHASES:
         raise ValueError(f'stage {stage!r}: expected one of {PHASES}')
-    kw = dict(lr=s['lr'], wd=s['wd'], opt_func=_optimiser(s), device=device,
-              seed=s['seed']+PHASES.index(stage))
+    kw = dict(lr=s['lr'], wd=s['wd'], device=device, seed=s['seed']+PHASES.index(stage),
+              opt_func=Adam if s['optimiser']=='adam' else None) # None: SGD
     parts = dict(images=(), video=('backbone', 'encoder'), head=('head',))
     detector.train_only(*parts[stage])
     if stage=='head':
@@ -358,19 +347,17 @@ def search_person(
 )->list: # `Hit`s, the most similar first; the best of each frame
     "Where a person is found again; `ValueError` for a box that is none."
     l,t,r,b = as_boxes([box], 'box', area=True)[0].tolist(); model.eval()
-    query = film_picture([query], 0); h,w = query.shape[:2]
+    im,scale = film_frame([query], 0, size); h,w = np.shape(query)[:2]
     if not (l<w and t<h and r>0 and b>0):
         raise ValueError(f'box {[l, t, r, b]}: outside the picture of {w} x {h}')
     if top<1 or not 0<=sure<=1: raise ValueError(f'top={top}, sure={sure}: expected '
                                                  '1 or more, and 0 to 1')
-    at = lambda im: frame_at_size(SimpleNamespace(read=lambda i: im), 0, size)
     device = next(model.parameters()).device
-    im,scale = at(query)
     own = [np.float32([box])*scale]
     mine = model.embed_boxes(to_images(im[None], device), own)[0][0]
     hits = []
     for i in range(len(frames)):
-        try: im,scale = at(film_picture(frames, i))
+        try: im,scale = film_frame(frames, i, size)
         except DataError as e:
             if dropped is None: raise
             dropped.add(e.problem, i); continue

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'cluster_boxes', 'mining_scores', 'can_follow', 'link_boxes', 'MinedClip', 'mine_clip', 'film_picture',
-           'mine_tracks']
+           'film_frame', 'mine_tracks']
 
 # %% ../../nbs/52_idfree.mining.ipynb #90757a93
 import hashlib,io,json
@@ -152,10 +152,17 @@ def film_picture(
     check_shapes(**{f'picture {i}':(im, 'H W 3')})
     return im
 
+def film_frame(
+    clip, # See `mine_clip`
+    i:int, # From 0
+    size:tuple|None=None # `(H,W)` of the network's input; `None` keeps
+)->tuple: # `(H,W,3)` uint8, and what multiplies its boxes `(4,)` float32
+    "A picture of a film at a network's size, and the scale of its boxes."
+    return frame_at_size(SimpleNamespace(read=partial(film_picture, clip)), i, size)
+
 def _find(model, clip, rows, size, sure):
     "Boxes in the film's own pixels, and features, of some pictures."
-    film = SimpleNamespace(read=partial(film_picture, clip))
-    frames,scales = zip(*[frame_at_size(film, i, size) for i in rows])
+    frames,scales = zip(*[film_frame(clip, i, size) for i in rows])
     device = next(model.parameters()).device
     found = model.find(to_images(np.stack(frames), device), sure)
     for (d,f),scale in zip(found, scales):
@@ -171,7 +178,10 @@ def _made_by(model, settings):
     return h.hexdigest()
 
 def _film_key(clip):
-    "Three pictures and the numbers of all: another film has another key."
+    "A file's bytes, or three pictures and all numbers: another film, another key."
+    file = getattr(clip, 'path', None)
+    if file and Path(file).is_file():
+        with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     h = hashlib.sha256(str(np.asarray(_times(clip)).tolist()).encode())
     for i in sorted({0, len(clip)//2, len(clip)-1}) if len(clip) else ():
         try: im = film_picture(clip, i)
@@ -198,8 +208,9 @@ def _read_mined(path, name, made):
 
 def _mine_one(model, clip, name, path, made, settings):
     "A film's tracks, read if they are there; or what is wrong with the film."
-    if path is not None: made += _film_key(clip)
-    if path is not None and path.exists(): return _read_mined(path, name, made)
+    if path is not None:
+        made += _film_key(clip)
+        if path.exists(): return _read_mined(path, name, made)
     try: m = mine_clip(model, clip, name=name, **settings)
     except DataError as e: return e
     m.clip = None # stays here, when another process has mined it
@@ -218,7 +229,8 @@ def mine_tracks(
 )->list: # A `MinedClip` for each film that has at least one track
     "Tracks of unlabelled films; `DataError` if the folder holds others'."
     called = lambda c: getattr(c, 'path', '') or getattr(c, 'name', '') or 'film'
-    d,made = Dropped() if dropped is None else dropped,_made_by(model, settings)
+    d = Dropped() if dropped is None else dropped
+    made = None if folder is None else _made_by(model, settings)
     names = [f'{i:06}-{Path(called(c)).name}' for i,c in enumerate(clips)]
     paths = [None if folder is None else Path(folder)/f'{n}.npz' for n in names]
     model.eval()
