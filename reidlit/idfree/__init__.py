@@ -18,8 +18,8 @@ from reidlit.core import (DataError,Dropped,as_boxes,as_labels,default_device,lo
 from ..data.sets import FrameSet
 from ..detection.detectors import Detections,Detector,to_images
 from ..detection.fcos import fcos_losses
-from reidlit.detection.online_tracker import (OnlineTracker,crop_features,track_film,
-    unit)
+from reidlit.detection.online_tracker import (OnlineTracker,crop_features,
+    track_film,unit)
 from reidlit.detection.training import (detector_learner,frame_at_size,frame_batch,
     task_learner)
 from ..films import Film
@@ -264,13 +264,7 @@ def _fit_stage(learn, steps, folder, s, resume, stop_after):
         s['lr'], epochs*n, [.6*epochs*n, .8*epochs*n])
     return fit(learn, epochs, folder, s, resume, stop_after, sched)
 
-# %% ../../nbs/53_idfree.ipynb #b8623e4d
-class IdfreeFit(NamedTuple):
-    "What `fit_idfree` returns."
-    detector:PointID # Trained
-    mined:list # The films' tracks, `MinedClip`s; empty without films
-    history:dict # Losses by stage, a row an epoch
-
+# %% ../../nbs/53_idfree.ipynb #9828a51b
 def _films(films):
     "The films as a list, each looked at once: a mistake costs no training."
     if isinstance(films, (str, Path, Film)) or getattr(films, 'ndim', 1)==4:
@@ -282,6 +276,13 @@ def _films(films):
         except (DataError, IndexError): pass # is dropped when it is mined
         except Exception as e: raise ValueError(f'film {i}: {e}') from None
     return films
+
+# %% ../../nbs/53_idfree.ipynb #b8623e4d
+class IdfreeFit(NamedTuple):
+    "What `fit_idfree` returns."
+    detector:PointID # Trained
+    mined:list # The films' tracks, `MinedClip`s; empty without films
+    history:dict # Losses by stage, a row an epoch
 
 def fit_idfree(
     images:FrameSet, # Pictures with boxes; without `ids` nobody is in two of them
