@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'reidlit.core.data_home': ('core.html#data_home', 'reidlit/core.py'),
                               'reidlit.core.default_device': ('core.html#default_device', 'reidlit/core.py'),
                               'reidlit.core.pick': ('core.html#pick', 'reidlit/core.py'),
+                              'reidlit.core.read_text': ('core.html#read_text', 'reidlit/core.py'),
                               'reidlit.core.rng_for': ('core.html#rng_for', 'reidlit/core.py'),
                               'reidlit.core.seed_all': ('core.html#seed_all', 'reidlit/core.py'),
                               'reidlit.core.write_atomic': ('core.html#write_atomic', 'reidlit/core.py')},

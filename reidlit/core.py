@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'write_atomic',
-           'DataError', 'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'Dropped', 'ReidSet']
+           'DataError', 'read_text', 'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'Dropped', 'ReidSet']
 
 # %% ../nbs/00_core.ipynb #9203d968
 import hashlib,logging,os,random,tempfile
@@ -108,6 +108,18 @@ class DataError(ValueError):
         self.path,self.problem,self.expected = path,problem,expected
         end = f'; expected {expected}' if expected else ''
         super().__init__(f'{path}: {problem}{end}')
+
+# %% ../nbs/00_core.ipynb #b821c634
+def read_text(
+    path, # A text file in UTF-8, with or without a byte order mark
+    expected:str='' # What it should be, for the message if it is missing
+)->str: # Its lines end with `\n`
+    "A file's text; `DataError` if it is missing or not text."
+    try: return Path(path).read_text(encoding='utf-8-sig')
+    except FileNotFoundError:
+        raise DataError(path, 'no such file', expected) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(path, f'not readable ({type(e).__name__})') from None
 
 # %% ../nbs/00_core.ipynb #680888c8
 def check_shapes(

@@ -115,7 +115,7 @@ def test_list_line_broken(tmp_path, line):
 
 def test_list_is_no_text(tmp_path):
     (tmp_path/'l.txt').write_bytes(b'\xff\xd8\xff\xe0 1\n')
-    with pytest.raises(DataError, match='l.txt: not a text'):
+    with pytest.raises(DataError, match='l.txt: not readable .Unicode'):
         read_list(tmp_path/'l.txt')
     with pytest.raises(DataError, match='none.txt: no such file'):
         read_list(tmp_path/'none.txt')

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import DataError,Dropped,write_atomic
+from ...core import DataError,Dropped,read_text,write_atomic
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
 from .mot import read_mot
@@ -31,10 +31,7 @@ def read_calibration(
     path # CityFlow's `calibration.txt`
 )->SimpleNamespace: # `H (3,3)`, and `K (3,3)`, `dist (4,)` or `None`
     "GPS to undistorted pixels, and the lens; `DataError` names what is wrong."
-    try: lines = Path(path).read_text().splitlines()
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
+    lines = read_text(path).splitlines()
     found = SimpleNamespace(H=None, K=None, dist=None)
     for i,line in enumerate(lines, 1):
         key,_,text = line.rpartition(':')
@@ -120,9 +117,7 @@ def read_clocks(
     path # Lines `c001 1.64`: camera, seconds
 )->dict: # `{camera: seconds}`
     "When each film begins; `DataError` names the line that is wrong."
-    try: lines = Path(path).read_text().splitlines()
-    except FileNotFoundError:
-        raise DataError(path, 'no such file', 'lines like c001 0') from None
+    lines = read_text(path, 'lines like c001 0').splitlines()
     found = {}
     for i,line in enumerate(lines, 1):
         try:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ...core import DataError,Dropped,write_atomic
+from ...core import DataError,Dropped,read_text,write_atomic
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import save_picture,writing
@@ -18,10 +18,7 @@ from ..writers import save_picture,writing
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #671296a5
 def _odgt(path):
     "The pictures' entries `(ID, boxes)`, line by line."
-    try: lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
-    for k,line in enumerate(lines, 1):
+    for k,line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip(): continue
         try: o = json.loads(line); yield str(o['ID']), list(o['gtboxes'])
         except (ValueError, KeyError, TypeError) as e:

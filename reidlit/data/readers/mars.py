@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ...core import DataError,Dropped,ReidSet
+from ...core import DataError,Dropped,ReidSet,read_text
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
 
@@ -78,7 +78,7 @@ MARS_INFO = ('train_name.txt', 'tracks_train_info.mat',
 
 def _mars_lines(root, k, info, dropped):
     "Names and tracklets of one part, from `info` or from the names alone."
-    if info: return ((root/'info'/f'{k}_name.txt').read_text().split(),
+    if info: return (read_text(root/'info'/f'{k}_name.txt').split(),
                      read_mat(root/'info'/f'tracks_{k}_info.mat', 4))
     paths = list_images(root/f'bbox_{k}', dropped, deep=True)
     names,c = read_names(sorted(p.name for p in paths), MARS, dropped)

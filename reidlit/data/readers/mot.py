@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import (DataError,Dropped,as_boxes,as_labels,rng_for,
-    write_atomic)
+from ...core import (DataError,Dropped,as_boxes,as_labels,read_text,
+    rng_for,write_atomic)
 from .market import Splits,check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import save_picture,writing
@@ -107,10 +107,7 @@ def read_mot(
     first:int=1 # Number of the first pixel: 1, CityFlow has 0
 )->MotBoxes: # Frames from 1, pixels from 0
     "Boxes of a MOT challenge file; `DataError` names the line that is wrong."
-    try: lines = Path(path).read_text().splitlines()
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
+    lines = read_text(path).splitlines()
     x = np.reshape([_mot_row(line, i, path) for i,line in enumerate(lines, 1)
                     if line.strip()], (-1, 9))
     a = x[:, 2:4]-first
@@ -159,11 +156,9 @@ class MotSequence:
 def _info(path):
     "The entries of `seqinfo.ini`: a function from key and kind to a value."
     ini = ConfigParser(interpolation=None)
-    try:
-        ini.read_string(path.read_text())
-        section = ini['Sequence']
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    except (IniError, KeyError, UnicodeDecodeError) as e:
+    text = read_text(path)
+    try: ini.read_string(text); section = ini['Sequence']
+    except (IniError, KeyError) as e:
         raise DataError(path, f'not readable ({type(e).__name__})',
                         '[Sequence] with seqLength=...') from None
     def get(key, kind=str, least=None):

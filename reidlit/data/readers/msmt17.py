@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ...core import DataError,Dropped,ReidSet
+from ...core import DataError,Dropped,ReidSet,read_text
 from .market import Splits,check_layout,finish,list_images
 
 # %% ../../../nbs/04c_data.readers.msmt17.ipynb #3e5a3f3b
@@ -18,10 +18,7 @@ def read_list(
     path # A text file with lines `NAME NUMBER`
 )->tuple: # Names, a list, and numbers `(N,)` int64, in the file's order
     "What a list says; `DataError` names the line that is wrong."
-    try: lines = Path(path).read_text(encoding='utf-8').rstrip().splitlines()
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    except UnicodeDecodeError as e:
-        raise DataError(path, f'not a text ({e.reason})') from None
+    lines = read_text(path).rstrip().splitlines()
     names,numbers = [],[]
     for i,line in enumerate(lines, 1):
         name,_,number = line.rstrip().rpartition(' ')

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import DataError,Dropped,check_shapes,rng_for,write_atomic
+from ...core import (DataError,Dropped,check_shapes,read_text,rng_for,
+    write_atomic)
 from .market import check_layout,finish,read_names
 from .mars import load_mat
 from .wildtrack import FrameSet,clip_box
@@ -160,9 +161,7 @@ def _asked(test, asked, dropped):
 
 def _prw_queries(path):
     "The lines of `query_info.txt` as `[(file name, xyxy, pid)]`."
-    try: lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
+    lines = read_text(path).splitlines()
     found = []
     for k,line in enumerate(lines, 1):
         if not line.strip(): continue

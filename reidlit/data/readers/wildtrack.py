@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import DataError,Dropped,ReidSet,check_shapes
+from reidlit.core import (DataError,Dropped,ReidSet,check_shapes,
+    read_text)
 from ...geometry import Camera
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
@@ -116,8 +117,8 @@ def read_json(
     path # A JSON file
 ): # What it holds
     "The content of a JSON file; `DataError` if it is missing or broken."
-    try: return json.loads(Path(path).read_text())
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
+    text = read_text(path)
+    try: return json.loads(text)
     except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
 
 def clip_box(
