@@ -1,12 +1,16 @@
 "Links lead somewhere, README is in step, and the table of places is true."
+import base64
 import importlib.util
+import io
 import json
 import pkgutil
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageColor
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / 'nbs'
@@ -48,6 +52,25 @@ def test_readme_links():
 def test_page_links(path):
     for link in re.findall(r'\]\(([^)#\s]+)', path.read_text(encoding='utf-8')):
         if not re.match(r'https?:', link): assert (path.parent / link).exists(), link
+
+
+def test_stored_pictures_keep_the_house_colours():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import nbs
+    from reidlit.viz import IGNORED, PALETTE, RIGHT, WRONG
+    own = [ImageColor.getrgb(c) for c in (*PALETTE, RIGHT, WRONG, IGNORED)]
+    im = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    for k, c in enumerate(own): im[20*k:20*k+2] = c # lines in a noisy picture
+    def png(im):
+        Image.fromarray(im).save(f := io.BytesIO(), 'png')
+        return base64.b64encode(f.getvalue()).decode()
+    stored = nbs.smaller(png(im))
+    assert len(stored) < len(png(im))/2
+    out = np.array(Image.open(io.BytesIO(base64.b64decode(stored))).convert('RGB'))
+    for k, c in enumerate(own): assert (out[20*k:20*k+2] == c).all(), k
+    assert len(np.unique(out.reshape(-1, 3), axis=0)) > 200 and abs(out[290:]*1. - im[290:]).mean() < 20
+    flat = np.full_like(im, own[0])
+    for few in (png(flat), png(flat[:9])): assert nbs.smaller(few) == few # a small file stays
 
 
 def test_readme_is_in_step():
