@@ -85,12 +85,6 @@ def counts(self:MotBoxes)->np.ndarray: # `(N,)` bool
     person = True if self.labels is None else self.labels==1
     return (self.scores!=0) & (self.pids>=0) & person
 
-@patch(as_prop=True)
-def distractor(self:MotBoxes)->np.ndarray: # `(N,)` bool
-    "Which rows are like people: finding them is neither right nor wrong."
-    if self.labels is None: return np.zeros(len(self), bool)
-    return np.isin(self.labels, MOT_DISTRACTORS)
-
 # %% ../../../nbs/04i_data.readers.mot.ipynb #bd2a5de2
 def _mot_row(line, i, path):
     "The numbers of a line: 7, class and visibility; or `DataError`."
