@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np,torch
 from torch.nn.functional import normalize
 from ..core import as_boxes,as_features,check_shapes,logger
+from .retrieval import scores_in_words
 
 # %% ../../nbs/07c_metrics.search.ipynb #ee91c0e1
 def iou_needed(
@@ -115,11 +116,8 @@ class SearchScores:
     rules:list # The conventions used, in words
 
     def __str__(self):
-        at = [k for k in (1, 5, 10, 20) if k<=len(self.top)]
-        parts = [f'mAP {self.mAP:.2%}']
-        parts += [f'top-{k} {self.top[k-1]:.2%}' for k in at]
-        parts += [f'recall {self.recall:.2%}']
-        return '\n'.join([', '.join(parts), *(f'- {r}' for r in self.rules)])
+        return scores_in_words(self.top, self.rules, [f'mAP {self.mAP:.2%}'],
+                               [f'recall {self.recall:.2%}'], 'top')
 
 # %% ../../nbs/07c_metrics.search.ipynb #112b94ce
 def _similar(queries, x, memory_mb=256):

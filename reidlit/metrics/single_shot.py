@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import chunked
 from ..core import logger
-from .retrieval import as_distances,scoring_labels
+from reidlit.metrics.retrieval import (as_distances,scores_in_words,
+    scoring_labels)
 
 # %% ../../nbs/07a_metrics.single_shot.ipynb #83ec2cca
 def found_by(
@@ -61,16 +62,8 @@ class SingleShotScores:
     skipped:int # Queries that have no match in the gallery
     rules:list # The conventions used, in words
 
-    def __str__(self): return _summary(self.cmc, self.spread, self.rules)
-
-def _summary(cmc, spread, rules, mean=()):
-    "Some places of a curve, with their spread, and rules below."
-    parts = [*mean]
-    for k in (k for k in (1, 5, 10, 20) if k<=len(cmc)):
-        some = spread is not None and np.isfinite(spread[k-1])
-        more = f' ± {100*spread[k-1]:.2f}' if some else ''
-        parts += [f'rank-{k} {cmc[k-1]:.2%}{more}']
-    return '\n'.join([', '.join(parts), *(f'- {r}' for r in rules)])
+    def __str__(self):
+        return scores_in_words(self.cmc, self.rules, spread=self.spread)
 
 # %% ../../nbs/07a_metrics.single_shot.ipynb #f012a9b1
 def _exact(lists, Q, K):
@@ -170,7 +163,7 @@ class TrialScores:
         some = self.mAP is not None and np.isfinite(self.mAP_spread)
         more = f' ± {100*self.mAP_spread:.2f}' if some else ''
         mean = [] if self.mAP is None else [f'mAP {self.mAP:.2%}{more}']
-        return _summary(self.cmc, self.spread, self.rules, mean)
+        return scores_in_words(self.cmc, self.rules, mean, spread=self.spread)
 
 # %% ../../nbs/07a_metrics.single_shot.ipynb #a3512618
 def mean_over_trials(
