@@ -28,7 +28,7 @@ from .data.augment import Augment
 from .loaders import ReidDataset,ReidLoaders,SampledLoader,as_items
 from .losses import batch_hard_triplet
 from .metrics.retrieval import reid_scores
-from .models import BNNeck,ReidModel,load_backbone
+from .models import BNNeck,ReidModel,in_mode,load_backbone
 from .viz import show_ranked
 from torch.optim.adamw import adamw
 
@@ -60,17 +60,15 @@ def extract_features(
 )->torch.Tensor: # `(N,D)` float32 on the CPU
     "Features of every picture, in order; `ValueError` if there is none."
     if not len(items): raise ValueError(f'{items.name or "set"}: no pictures')
-    was,device = model.training,next(model.parameters()).device
+    device,prepare,out = next(model.parameters()).device,Augment.none(),[]
     if normalize is None: normalize = getattr(model, 'normalize', True)
-    model.eval()
-    prepare,out = Augment.none(),[]
     for x in _ahead(items, size, batch):
         if device.type=='cuda': x = x.pin_memory()
         x = prepare(x.to(device, non_blocking=True))
-        f = model(x).float()
-        if flip: f = (f+model(x.flip(3)).float())/2
+        with in_mode(model, False):
+            f = model(x).float()
+            if flip: f = (f+model(x.flip(3)).float())/2
         out.append(F.normalize(f) if normalize else f)
-    model.train(was)
     return torch.cat(out).cpu()
 
 # %% ../nbs/12_learner.ipynb #299aea66

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TinyNet', 'keep_last_stride', 'backbone', 'GeM', 'GAP', 'BNNeck', 'ReidOutput', 'autocast', 'ReidModel',
-           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'occlusion_map']
+           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'in_mode',
+           'occlusion_map']
 
 # %% ../nbs/10_models.ipynb #2874d5f0
 import importlib.util
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from pathlib import Path
 from typing import NamedTuple
 import timm,torch,torch.nn as nn,torchvision
@@ -263,17 +264,28 @@ def load_backbone(
     logger.info('%s: weights from %s', name, weights)
     return net
 
+# %% ../nbs/10_models.ipynb #a2e4a071
+@contextmanager
+def in_mode(
+    model:nn.Module, # As it was at the end, after an error too
+    training:bool # Training, or evaluation
+):
+    "A context in which a network is in one of its two modes."
+    was = model.training
+    try: model.train(training); yield
+    finally: model.train(was)
+
 # %% ../nbs/10_models.ipynb #88f092fa
 @torch.no_grad()
 def occlusion_map(
-    model:nn.Module, # Crops to features `(N,D)`, in evaluation mode
+    model:nn.Module, # Crops to features `(N,D)`
     images:Tensor, # `(N,3,H,W)`, normalised
     grid:tuple=(12, 6), # Rows and columns of covers
     share:tuple=(.25, .4) # Height and width of a cover, of the picture's
 )->Tensor: # `(N,rows,columns)`, 0 to 2
     "How far the feature moves when each part is covered (Zeiler and Fergus, 2014)."
-    was,_ = model.training,model.eval()
-    feature = lambda x: nn.functional.normalize(model(x).float())
+    def feature(x):
+        with in_mode(model, False): return nn.functional.normalize(model(x).float())
     whole,(n,_,h,w) = feature(images),images.shape
     ph,pw = max(1, round(h*share[0])),max(1, round(w*share[1]))
     out = images.new_zeros(n, *grid)
@@ -282,5 +294,4 @@ def occlusion_map(
             covered = images.clone()
             covered[:, :, y:y+ph, x:x+pw] = 0
             out[:, i, j] = (feature(covered)-whole).norm(dim=1)
-    model.train(was)
     return out

@@ -22,7 +22,7 @@ from reidlit.learner import (BaselineLoss,ReidLearner,fast_dtype,quiet,
     reid_learner)
 from .loaders import ReidDataset,SampledLoader,TrainLoaders
 from .metrics.thresholds import Threshold,pair_distances,pick_threshold
-from .models import ReidModel,ReidOutput,load_backbone
+from .models import ReidModel,ReidOutput,in_mode,load_backbone
 from .tracklets import tracklet_table
 from .runs import fit,load_model,make_settings,save_model,shipped
 
@@ -287,16 +287,14 @@ def clip_features(
     if clips.ndim==4: clips = clips[:, None]
     check_shapes(clips=(clips, 'N T H W 3'))
     if device is not None: model.to(torch.device(device))
-    was,device = model.training,next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     out = [torch.zeros(0, model.num_features)]
     for i in range(0, len(clips), batch):
         x = clips[i:i+batch]; n,t = x.shape[:2]
         x = normalize(to_float(x.reshape(-1, *x.shape[2:]), device))
         see = lambda x: model(x.unflatten(0, (n, t))).float()
-        f = see(x)+see(x.flip(3)) if flip else see(x)
+        with in_mode(model, False): f = see(x)+see(x.flip(3)) if flip else see(x)
         out.append(F.normalize(f).cpu())
-    model.train(was)
     return torch.cat(out)
 
 def clip_distance(

@@ -22,7 +22,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork,MultiScaleRoIAlign
 from .._moved import moved_names
 from ..core import DataError,as_boxes,check_shapes
-from ..models import TinyNet
+from ..models import TinyNet,in_mode
 from ..runs import load_model,save_model
 
 # %% ../../nbs/14_detection.detectors.ipynb #ccc69f8b
@@ -218,11 +218,9 @@ def losses(self:FasterRcnn,
 )->dict: # `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`,
     # `loss_box_reg`: scalars
     "Faster R-CNN's four losses."
-    was,_ = self.training,self.train()
     self.net.roi_heads.correction = correction
-    out = self.net(list(images), _targets(targets, images.device))
-    self.train(was)
-    return out
+    with in_mode(self, True):
+        return self.net(list(images), _targets(targets, images.device))
 
 def _targets(targets, device):
     "What torchvision wants, from `Detections`."
@@ -237,10 +235,8 @@ def predict(self:FasterRcnn,
     least:float=.05 # Less sure ones are dropped
 )->list: # `Detections` of each
     "What is found in each image, the surest first."
-    was,_ = self.training,self.eval()
     self.net.roi_heads.score_thresh = least
-    with torch.no_grad(): out = self.net(list(images))
-    self.train(was)
+    with in_mode(self, False), torch.no_grad(): out = self.net(list(images))
     return [Detections(*(o[k].cpu().numpy() for k in ('boxes', 'scores', 'labels')))
             for o in out]
 

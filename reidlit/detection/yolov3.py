@@ -15,6 +15,7 @@ from torchvision.ops import (batched_nms,box_iou,complete_box_iou_loss,
 from ..core import check_shapes
 from .detectors import MAKERS,Detections,Detector
 from .._moved import moved_names
+from ..models import in_mode
 from reidlit.detection.yolo_grids import (COCO_ANCHORS,STRIDES,by_anchor,decode,
     encode,pad_frames)
 
@@ -210,9 +211,7 @@ def losses(self:YoloV3,
     "Costs of objectness, class and box, with batch norms in training mode."
     if len(images)!=len(targets):
         raise ValueError(f'{len(images)} frames, {len(targets)} targets')
-    was,_ = self.training,self.train()
-    boxes,raw,size = self.read(images)
-    self.train(was)
+    with in_mode(self, True): boxes,raw,size = self.read(images)
     total = sum(frame_losses(r, b, t, self.anchors, size, self.box, self.ignore,
                              correction) for r,b,t in zip(raw, boxes, targets))
     total = total/max(sum(map(len, targets)), len(targets))
@@ -229,9 +228,7 @@ def predict(self:YoloV3,
     overlap:float=.45 # IoU above which only the surer box of a class stays
 )->list: # `Detections` of each, the surest first
     "What is seen in each frame."
-    was,_ = self.training,self.eval()
-    boxes,raw,_ = self.read(images)
-    self.train(was)
+    with in_mode(self, False): boxes,raw,_ = self.read(images)
     scores,out = raw[..., 4:5].sigmoid()*raw[..., 5:].sigmoid(),[]
     h,w = images.shape[-2:]
     limit = torch.tensor([w, h, w, h], device=boxes.device)

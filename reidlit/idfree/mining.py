@@ -233,7 +233,6 @@ def mine_tracks(
     made = None if folder is None else _made_by(model, settings)
     names = [f'{i:06}-{Path(called(c)).name}' for i,c in enumerate(clips)]
     paths = [None if folder is None else Path(folder)/f'{n}.npz' for n in names]
-    model.eval()
     done = Parallel(n_jobs=jobs, return_as='generator')(
         delayed(_mine_one)(model, *a, made, settings) for a in zip(clips, names, paths))
     out = []

@@ -16,7 +16,8 @@ from ..detection.detectors import MAKERS,TINY,Detector
 from ..detection.fcos import (FcosHead,HeadOutput,fcos_detections,
     fcos_losses,nearest_points,point_targets)
 from ..detection.yolo_grids import pad_frames
-from ..models import TinyNet,load_backbone,match_weights,read_weights
+from reidlit.models import (TinyNet,in_mode,load_backbone,match_weights,
+    read_weights)
 
 # %% ../../nbs/51_idfree.pointid.ipynb #59542f0e
 def _deform(x, move, count, weight):
@@ -218,9 +219,7 @@ def losses(self:PointID,
 )->dict: # `loss_class`, `loss_box`, `loss_centre`: scalars
     "The detection loss L_det, with batch norms in training mode."
     if correction is not None: raise ValueError('PointID corrects no labels')
-    was,_ = self.training,self.train()
-    out = self(images)
-    self.train(was)
+    with in_mode(self, True): out = self(images)
     return fcos_losses(out.head, self.assign(out, targets))
 
 # %% ../../nbs/51_idfree.pointid.ipynb #32027e2c
@@ -244,9 +243,7 @@ def find(self:PointID,
     overlap:float=.5 # IoU above which only the surer box stays
 )->list: # For each frame `Detections` and features `(n,D)` float32
     "Who is in each frame, the surest first, with a feature for everybody."
-    was,_ = self.training,self.eval()
-    out = self(images)
-    self.train(was)
+    with in_mode(self, False): out = self(images)
     found = fcos_detections(out.head, self.stride, images.shape[-2:],
                             least, most, overlap)
     return [(d, e[:, at].T.cpu().numpy())
@@ -275,9 +272,7 @@ def embed_boxes(self:PointID,
     boxes:list # For each image `(K,4)` xyxy in pixels
 )->list: # For each image `(K,D)` float32, rows of length 1
     "Features of given boxes, at the point nearest to each middle."
-    was,_ = self.training,self.eval()
-    e = self.embeddings(images)
-    self.train(was)
+    with in_mode(self, False): e = self.embeddings(images)
     return [f.cpu().numpy() for f in _at_middles(e, boxes, self.stride)]
 
 @patch

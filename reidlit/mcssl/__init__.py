@@ -26,6 +26,7 @@ from ..detection.training import (FrameDataset,base_detector,box_losses,
     detect,detector_learner,frame_batch,own_targets,task_learner)
 from .epipolar import epipolar_candidates
 from ..geometry import fundamental_matrix
+from ..models import in_mode
 from ..runs import check_folder,fit,make_settings
 from reidlit.mcssl.pairs import (WHICH,associate_boxes,funnel,tracked_pairs,
     true_associations)
@@ -225,8 +226,7 @@ def estimate_corruption(
 )->torch.Tensor: # `(2,2)`, row k: how class k is labelled; 0 is background
     "The corruption matrix of gold loss correction; `ValueError` if a row is empty."
     r,rows = rng_for(seed, 'corruption'),[[], []]
-    was,device = detector.training,next(detector.parameters()).device
-    detector.eval()
+    device = next(detector.parameters()).device
     for i in range(len(items)):
         if not len(gold[i]): continue
         (frame,sure),(_,all_) = (FrameDataset(items[[i]], [t], size, False)[0]
@@ -235,9 +235,9 @@ def estimate_corruption(
         x = to_images(frame[None], device)
         for k,o in ((1, torch.tensor(sure.xyxy)), (0, empty)):
             if not len(o): continue
-            with torch.no_grad(): p = detector.class_scores(x, [o.to(device)]).cpu()
+            with in_mode(detector, False), torch.no_grad():
+                p = detector.class_scores(x, [o.to(device)]).cpu()
             rows[k].append(torch.stack([1-p[:, -1], p[:, -1]], 1))
-    detector.train(was)
     for k,name in ((1, 'confident'), (0, 'background')):
         if not rows[k]: raise ValueError(f'no {name} box: ST-GLC cannot be corrected')
     return torch.stack([torch.cat(o).mean(0) for o in rows])
