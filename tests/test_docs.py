@@ -1,4 +1,5 @@
 "Links lead somewhere, README is in step, and the table of places is true."
+import ast
 import base64
 import importlib.util
 import io
@@ -97,6 +98,18 @@ def test_index_lists_all_notebooks():
     outputs = [''.join(o['data']['text/markdown']) for c in stored['cells']
                if 'contents()' in ''.join(c['source']) for o in c['outputs']]
     assert outputs == [table], 'run: python tools/nbs.py readme'
+
+
+def test_public_names_are_unique():
+    "Each paper's package and lab has the same names for the same things; other functions and classes do not."
+    at = {}
+    for f in (ROOT / 'reidlit').rglob('*.py'):
+        if f.name in ('_modidx.py', '_moved.py', 'lab.py', 'comparison.py'): continue
+        for n in ast.parse(f.read_text(encoding='utf-8')).body:
+            patched = 'patch' in ' '.join(map(ast.unparse, getattr(n, 'decorator_list', ())))
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != '_' and not patched:
+                at.setdefault(n.name, []).append(f.relative_to(ROOT).as_posix())
+    assert len(at) > 300 and not {k: v for k, v in at.items() if len(v) > 1}
 
 
 def places():

@@ -12,7 +12,7 @@ from reidlit.data.world import World
 from reidlit.detection.detectors import Detections
 from reidlit.detection.training import world_frames
 from reidlit.idfree import (LOSSES, FramePairs, IdentityLoss, PointID, SimilarityLoss, ViewPairs, fit_idfree, idfree_settings,
-                            pair_batch, search_person, stage_learner)
+                            view_batch, search_person, stage_learner)
 from reidlit.idfree.mining import MinedClip
 from reidlit.learner import quiet
 from reidlit.runs import load_model
@@ -57,14 +57,14 @@ def test_every_loss_pulls_a_person_together(kind):
 def test_unknown_people_are_boxes_and_no_anchors(photos, small):
     some = np.where(np.arange(len(photos.row)) % 2, photos.pids, -1)
     data = ViewPairs(photos, some, size=small['size'])
-    frames, targets, ids = batch = pair_batch([data[0], data[1]])
+    frames, targets, ids = batch = view_batch([data[0], data[1]])
     loss = SimilarityLoss(IdentityLoss(128, queue=64))
     net = PointID('tiny')
     for _ in range(2): out = loss(net, *batch)
     assert set(loss.identity.queue.latest()[1].tolist()) <= set(some[some>=0].tolist())
     assert [len(t) for t in targets]==[len(i) for i in ids] and out['identity']>0
     nobody = ViewPairs(photos, np.full(len(photos.row), -1), size=small['size'])
-    out = SimilarityLoss(IdentityLoss(128, queue=64))(net, *pair_batch([nobody[0]]))
+    out = SimilarityLoss(IdentityLoss(128, queue=64))(net, *view_batch([nobody[0]]))
     assert out['identity']==0 and out['loss_class']>0
 
 
@@ -84,7 +84,7 @@ def test_detection_alone_sees_no_films(photos, track, small):
 
 def test_a_batch_of_identity_alone_has_no_loss_without_people(track, small):
     empty = MinedClip('e', track.row, track.xyxy, track.labels, np.zeros((8, 96, 160, 3), np.uint8))
-    frames, targets, ids = pair_batch([FramePairs([empty])[0]])
+    frames, targets, ids = view_batch([FramePairs([empty])[0]])
     none = [Detections([]) for _ in targets]
     out = SimilarityLoss(IdentityLoss(128, queue=8), detect=False)(PointID('tiny'), frames, none, [i[:0] for i in ids])
     assert out['identity']==0

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou, deform_conv2d
 from reidlit.core import DataError, seed_all
 from reidlit.detection.detectors import Detections, load_detector, make_detector, save_detector
 from reidlit.detection.fcos import (FcosHead, HeadOutput, centreness, fcos_detections, fcos_losses, map_points,
-                                    nearest_points, point_targets)
+                                    middle_points, point_targets)
 from reidlit.detection.training import detect, detector_learner, world_frames
 from reidlit.data.world import World
 from reidlit.idfree.pointid import DeformConv, PointEncoder, PointID, Stages
@@ -57,9 +57,9 @@ def test_equal_boxes_and_many():
     assert len(t.person.unique()) > 300 and t.person.shape == (150*250,)
 
 
-def test_nearest_points_are_nearest():
+def test_middle_points_are_nearest():
     b = some_boxes(50, 130, 90)
-    xy, got = map_points((12, 17), 8), nearest_points(b, (12, 17), 8)
+    xy, got = map_points((12, 17), 8), middle_points(b, (12, 17), 8)
     middle = torch.tensor((b[:, :2]+b[:, 2:])/2).float()
     distance = torch.cdist(middle, xy)
     torch.testing.assert_close(distance.gather(1, got[:, None])[:, 0], distance.amin(1))

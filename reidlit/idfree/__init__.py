@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'LOSSES', 'PUBLISHED', 'BY_PRESET', 'PHASES', 'ViewPairs', 'FramePairs', 'IdentityLoss', 'SimilarityLoss',
-           'pair_batch', 'idfree_settings', 'stage_learner', 'IdfreeFit', 'fit_idfree', 'Hit', 'search_person',
+           'view_batch', 'idfree_settings', 'stage_learner', 'IdfreeFit', 'fit_idfree', 'Hit', 'search_person',
            'TwoStep', 'EmbeddingQueue', 'OnlineTracker', 'PointID', 'TRANSFORMS', 'ViewSettings', 'WAYS',
            'dense_contrastive_loss', 'identity_memory', 'mine_clip', 'mine_tracks', 'track_film', 'two_views']
 
@@ -177,7 +177,7 @@ def _numbers(ids, person):
     known = torch.as_tensor(np.append(ids, -1), device=person.device)
     return known[person] # a person of -1 takes the last
 
-def pair_batch(
+def view_batch(
     items:list # Of `ViewPairs` or `FramePairs`
 )->tuple: # uint8 `(2N,H,W,3)`, `Detections` of each frame, numbers of each
     "A batch; `ValueError` if frames differ in size."
@@ -255,7 +255,7 @@ def stage_learner(
     identity = None if not s['weight'] else IdentityLoss(detector.dim, data.people,
         s['loss'], s['queue'], s['short'], warm, s['temperature'])
     loss = SimilarityLoss(identity, s['weight'], stage=='images')
-    return task_learner(detector, data, pair_batch, loss, s['bs'], **kw)
+    return task_learner(detector, data, view_batch, loss, s['bs'], **kw)
 
 def _fit_stage(learn, steps, folder, s, resume, stop_after):
     "A stage trained for at least so many steps, in whole epochs."

@@ -14,7 +14,7 @@ from torchvision.ops import DeformConv2d
 from ..data.augment import MEAN,STD
 from ..detection.detectors import MAKERS,TINY,Detector
 from ..detection.fcos import (FcosHead,HeadOutput,fcos_detections,
-    fcos_losses,nearest_points,point_targets)
+    fcos_losses,middle_points,point_targets)
 from ..detection.yolo_grids import pad_frames
 from reidlit.models import (TinyNet,in_mode,load_backbone,match_weights,
     read_weights)
@@ -262,7 +262,7 @@ def _at_middles(maps, boxes, stride):
     "For each frame the values `(K,D)` of its map `(D,h,w)` at boxes' middles."
     if len(maps)!=len(boxes):
         raise ValueError(f'{len(maps)} frames, boxes for {len(boxes)}')
-    near = lambda b: nearest_points(b, maps.shape[-2:], stride, maps.device)
+    near = lambda b: middle_points(b, maps.shape[-2:], stride, maps.device)
     return [m[:, near(b)].T for m,b in zip(maps.flatten(2), boxes)]
 
 @patch
