@@ -75,12 +75,13 @@ def run_nb(path):
 def smaller(png):
     """A stored picture (base64 PNG) in 256 colours, a third of the size.
 
-    The colours of `reidlit.viz` are among them, so that they stay as they are."""
-    from reidlit.viz import IGNORED, PALETTE, RIGHT, WRONG
+    The colours of `reidlit.viz` are among them, those of the first people too, and stay as they are."""
+    from reidlit.viz import IGNORED, PALETTE, RIGHT, WRONG, identity_color
     raw = base64.b64decode(png)
     if len(raw) < 20_000: return png
     image = Image.open(io.BytesIO(raw)).convert('RGB')
-    own = [ImageColor.getrgb(c) for c in (*PALETTE, RIGHT, WRONG, IGNORED)]
+    people = map(identity_color, range(30))
+    own = [ImageColor.getrgb(c) for c in (*PALETTE, RIGHT, WRONG, IGNORED, *people)]
     n = 256-len(own)
     few = image.quantize(n, dither=Image.Dither.NONE)
     rows, pixels = np.array(few), np.array(image)
