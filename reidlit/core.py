@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'write_atomic',
-           'DataError', 'read_text', 'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'Dropped', 'ReidSet']
+           'DataError', 'check_out', 'read_text', 'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'Dropped',
+           'ReidSet']
 
 # %% ../nbs/00_core.ipynb #9203d968
 import hashlib,logging,os,random,tempfile
@@ -108,6 +109,18 @@ class DataError(ValueError):
         self.path,self.problem,self.expected = path,problem,expected
         end = f'; expected {expected}' if expected else ''
         super().__init__(f'{path}: {problem}{end}')
+
+# %% ../nbs/00_core.ipynb #ce3677b4
+def check_out(
+    path, # To write to; nothing need be there yet
+    file:bool=False # A file, or else a folder
+)->Path: # The same path
+    "The path; `DataError` if something else is there, or a file on the way."
+    path = Path(path)
+    if file and path.is_dir(): raise DataError(path, 'is a folder', 'a file')
+    for p in (path, *path.parents)[file:]:
+        if p.exists() and not p.is_dir(): raise DataError(p, 'is a file', 'a folder')
+    return path
 
 # %% ../nbs/00_core.ipynb #b821c634
 def read_text(

@@ -17,8 +17,8 @@ from fastai.torch_core import get_model,num_distrib,rank_distrib
 from safetensors import safe_open
 from safetensors.torch import load_file,save
 from . import core
-from .core import (DataError,active_preset,data_home,default_device,
-    logger,write_atomic)
+from .core import (DataError,active_preset,check_out,data_home,
+    default_device,logger,write_atomic)
 from .learner import ReidLearner,fast_dtype
 
 # %% ../nbs/12a_runs.ipynb #a4b66f8c
@@ -155,9 +155,9 @@ def check_folder(
     folder, # Of a run; `None`: nothing is kept
     resume:bool=False # May the run go on?
 )->bool: # Has the folder itself a checkpoint?
-    "Whether to go on; `DataError` if a run is there, or a stage, and may not."
+    "Whether to go on; `DataError` for a file, or a run or stage that may not."
     if folder is None: return False
-    own = Path(folder)/'checkpoint.json'
+    own = check_out(folder)/'checkpoint.json'
     begun = [f for f in (own, *own.parent.glob('*/'+own.name)) if f.exists()]
     if begun and not resume: raise DataError(begun[0].parent, 'holds a checkpoint',
         'resume=True to go on (--resume), or another folder')
