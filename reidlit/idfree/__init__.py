@@ -328,6 +328,16 @@ def fit_idfree(
     if folder is not None: save_model(detector, at('model.safetensors'), settings=s)
     return IdfreeFit(detector, mined, history)
 
+# %% ../../nbs/53_idfree.ipynb #c8ab5244
+def _in_a_frame(crop, size):
+    "A plain frame of a size's shape with a crop in its middle, and the box there."
+    h,w = crop.shape[:2]; H,W = size or (h, w)
+    scale = max(3*h/H, w/W); H,W = round(scale*H),round(scale*W)
+    t,l = (H-h)//2,(W-w)//2
+    frame = np.full((H, W, 3), crop.mean((0, 1))).astype(np.uint8)
+    frame[t:t+h, l:l+w] = crop
+    return frame,[l, t, l+w, t+h]
+
 # %% ../../nbs/53_idfree.ipynb #824d2984
 class Hit(NamedTuple):
     "Somebody who is found in a frame."
@@ -338,8 +348,8 @@ class Hit(NamedTuple):
 
 def search_person(
     model, # A `PointID` or `TwoStep`, trained
-    query, # The frame `(H,W,3)` uint8 with the person
-    box, # Of the person there, xyxy `(4,)`
+    query, # The frame `(H,W,3)` uint8 with the person, or a picture cut out
+    box, # Of the person there, xyxy `(4,)`; `None`: cut out, all is the person
     frames, # Where to search: a `FrameSet`, or frames by number
     top:int=20, # Hits at most
     sure:float=.3, # Score of a box, at least
@@ -347,7 +357,9 @@ def search_person(
     dropped:Dropped|None=None # Takes frames that cannot be read; `None`: an error
 )->list: # `Hit`s, the most similar first; the best of each frame
     "Where a person is found again; `ValueError` for a box that is none."
-    l,t,r,b = as_boxes([box], 'box', area=True)[0].tolist(); model.eval()
+    query = film_picture([query], 0)
+    if box is None: query,box = _in_a_frame(query, size)
+    l,t,r,b = as_boxes([box], 'box', area=True)[0].tolist()
     im,scale = film_frame([query], 0, size); h,w = np.shape(query)[:2]
     if not (l<w and t<h and r>0 and b>0):
         raise ValueError(f'box {[l, t, r, b]}: outside the picture of {w} x {h}')
