@@ -96,6 +96,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'reidlit.core.as_boxes': ('core.html#as_boxes', 'reidlit/core.py'),
                               'reidlit.core.as_features': ('core.html#as_features', 'reidlit/core.py'),
                               'reidlit.core.as_labels': ('core.html#as_labels', 'reidlit/core.py'),
+                              'reidlit.core.check_out': ('core.html#check_out', 'reidlit/core.py'),
                               'reidlit.core.check_shapes': ('core.html#check_shapes', 'reidlit/core.py'),
                               'reidlit.core.data_home': ('core.html#data_home', 'reidlit/core.py'),
                               'reidlit.core.default_device': ('core.html#default_device', 'reidlit/core.py'),

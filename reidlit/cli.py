@@ -17,6 +17,7 @@ warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 import csv,io,json,logging,os
 from contextlib import redirect_stdout
 from fastai.torch_core import rank_distrib
+from filecmp import cmp
 from fastcore.docments import docments
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +25,8 @@ from types import SimpleNamespace
 from typing import Annotated
 import matplotlib.pyplot as plt,numpy as np,torch,typer
 from . import mcssl
-from .core import (DataError,Dropped,ReidSet,active_preset,data_home,
-    default_device,write_atomic)
+from .core import (DataError,Dropped,ReidSet,active_preset,check_out,
+    data_home,default_device,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
 from .data.readers.market import list_images
@@ -181,11 +182,15 @@ def command(
     *words:str # Parameters that are given without a name
 ): # A decorator
     "A function as a command of `app`, its comments as help."
+    def out(path:Path): # looked at before the work, not after it
+        return path and check_out(path, file=name=='make')
     def add(f):
         for k,p in docments(f, full=True).items():
             if k=='return': continue
-            option = typer.Argument(help=p.docment) if k in words else \
-                typer.Option('--'+k.rstrip('_'), help=p.docment)
+            kw = dict(help=p.docment) | (
+                dict(callback=out) if k in ('out', 'results') else {})
+            option = typer.Argument(**kw) if k in words else \
+                typer.Option('--'+k.rstrip('_'), **kw)
             f.__annotations__[k] = Annotated[p.anno, option]
         return app.command(name)(f)
     return add
@@ -498,9 +503,9 @@ def _finder(run, device):
 
 @command('search-frames', 'query', 'frames')
 def search_frames(
-    query:Path, # A picture of the person, or a frame and --box
-    frames:Path, # A folder of frames
-    box:str|None=None, # LEFT,TOP,RIGHT,BOTTOM in the query, pixels; else all of it
+    query:Path, # A picture of the person cut out, or a frame and --box
+    frames:Path, # A folder of frames; the query's own, or a copy, is left out
+    box:str|None=None, # LEFT,TOP,RIGHT,BOTTOM, pixels; without: a picture cut out
     run:Path|None=None, # Folder of a trained PointID
     top:int=10, # Frames listed at most
     sure:float=.3, # Score of a box, at least
@@ -510,9 +515,11 @@ def search_frames(
     "Where the person in QUERY is seen again in the pictures of FRAMES."
     if not frames.is_dir(): raise DataError(frames, 'no such folder')
     d = Dropped(); files = list_images(frames, d, deep=True)
-    if not files: raise DataError(frames, f'holds no pictures (dropped {d})')
     im = ReidSet([query], None).read(0)
-    where = [0, 0, *im.shape[1::-1]] if box is None else _box(box)
+    for f in [f for f in files if cmp(f, query, shallow=False)]:
+        d.add('the query itself', f); files.remove(f)
+    if not files: raise DataError(frames, f'holds no pictures (dropped {d})')
+    where = None if box is None else _box(box)
     model,size = _finder(run, device)
     hits = search_person(model, im, where, ReidSet(files, None), top, sure, size, d)
     d.report(frames)
@@ -524,12 +531,15 @@ def search_frames(
         table.writerow([files[h.frame], *box, f'{h.score:.4f}', f'{h.similarity:.4f}'])
     typer.echo(write_atomic(out/'search.csv', text.getvalue().encode()))
     (out/'search.png').unlink(missing_ok=True) # of an earlier search
-    if hits: typer.echo(_draw_hits(im, where, hits[:8], files, out))
+    if hits: typer.echo(_draw_hits(im, where or
+        [0, 0, *im.shape[1::-1]], hits[:8], files, out))
 
 # %% ../nbs/80_cli.ipynb #38092798
 def _draw_hits(query, box, hits, files, out):
     "The picture of a query and its best frames."
-    fig,axes = plt.subplots(3, 3, figsize=(10, 6.4), layout='constrained')
+    rows = 1+len(hits)//3
+    fig,axes = plt.subplots(rows, 3, figsize=(10, 2.15*rows), layout='constrained',
+                            squeeze=False)
     for ax in axes.flat: ax.axis('off')
     show_boxes(query, [box], None, ['k'], axes[0, 0], 2.5).set_title('query')
     for h,ax in zip(hits, axes.flat[1:]):
