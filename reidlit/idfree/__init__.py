@@ -195,8 +195,8 @@ _LARGE = dict(backbone='resnet50', weights='hub', stride=8, optimiser='sgd', lr=
 BY_PRESET = {
     ('drawn', 'ci'):_TINY | dict(size=(136, 240), bs=2, steps=(2, 2, 2), queue=64,
                                  warm=1),
-    ('drawn', 'laptop'):_TINY | dict(size=(272, 480), bs=8, steps=(400, 150, 60),
-                                     queue=2048, warm=100),
+    ('drawn', 'laptop'):_TINY | dict(size=(192, 336), bs=6, steps=(120, 80, 40),
+        lr=3e-4, queue=1024, warm=40, transforms=['zoom', 'mirror', 'color']),
     ('real', 'ci'):_TINY | dict(size=(136, 240), bs=2, steps=(2, 2, 2), queue=64,
                                 warm=1),
     ('real', 'laptop'):_TINY | dict(size=(272, 480), bs=8, steps=(1500, 500, 200),

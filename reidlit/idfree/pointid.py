@@ -142,14 +142,14 @@ class PointID(Detector):
         backbone:str='resnet50', # One of `STAGES`
         weights=None, # The backbone's: `None`, `'hub'`, or a file
         stride:int=8, # Pixels from point to point: 4 or 8
-        width:int|None=None, # Of skips and head; `None`: 256, for tiny ones 64
+        width:int|None=None, # Of skips and head; `None`: 256, for tiny ones 32
         dim:int|None=None, # Of the embedding; `None`: 256, for tiny ones 128
         norm:bool=True, # Centre and scale channels before the length 1?
         radius:float=1.5 # Of a person's centre region, in strides
     ):
         super().__init__()
         tiny = backbone in TINY
-        width,dim = width or (64 if tiny else 256),dim or (128 if tiny else 256)
+        width,dim = width or (32 if tiny else 256),dim or (128 if tiny else 256)
         self.backbone = Stages(backbone, stride, weights)
         self.encoder = PointEncoder(self.backbone.channels, width, dim, norm)
         self.head = FcosHead(dim, stride, width)

@@ -108,7 +108,7 @@ def _score(s, right, answers):
 class SearchScores:
     "How good a person search is, and by which rules; prints as a summary."
     mAP:float # Mean average precision, 0 to 1
-    top:np.ndarray # Share of queries found by place k+1 `(max_rank,)`
+    cmc:np.ndarray # Share of queries found by place k+1 `(max_rank,)`
     recall:float # Mean share of the answers that are on the list at all
     aps:np.ndarray # AP of each query, `nan` if it has no answer `(Q,)`
     places:np.ndarray # Place of its first right box, `inf` if there is none
@@ -116,7 +116,7 @@ class SearchScores:
     rules:list # The conventions used, in words
 
     def __str__(self):
-        return scores_in_words(self.top, self.rules, [f'mAP {self.mAP:.2%}'],
+        return scores_in_words(self.cmc, self.rules, [f'mAP {self.mAP:.2%}'],
                                [f'recall {self.recall:.2%}'], 'top')
 
 # %% ../../nbs/07c_metrics.search.ipynb #112b94ce
