@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'choices', 'train_method', 'search', 'write_search', 'diagnosis', 'about', 'command', 'draw_world',
-           'train_command', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor', 'camera_number',
-           'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'looks_of', 'track_people',
-           'search_frames', 'demo_page', 'demo', 'main']
+           'train_command', 'crop_model', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor',
+           'camera_number', 'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'looks_of',
+           'track_people', 'search_frames', 'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -36,8 +36,8 @@ from .detection.detectors import load_detector,save_detector
 from reidlit.detection.online_tracker import (crop_features,read_detections,
     track_film)
 from .detection.training import base_detector,detector_scores,make_base
-from .experiments import (Run,check_sources,load_paper,papers,reproduce,
-    surroundings,train_run)
+from .experiments import (CROPS,Run,check_sources,load_paper,papers,
+    reproduce,surroundings,train_run)
 from .films import Film,annotate,write_film
 from .idfree import PointID,TwoStep,search_person
 from .learner import extract_features,fast_dtype
@@ -65,7 +65,7 @@ def choices(
 
 def train_method(
     method:str, # A paper's name
-    data:str='world', # `'world'`, `'folder'`, or one of `READERS`
+    data:str='world', # `'world'`, `'folder'`, or the name of a set
     root=None, # The folder of a real set
     preset:str|None=None, # `None`: the active one
     out=None, # Folder of the run; `None`: below `data_home('runs')`
@@ -84,7 +84,7 @@ def train_method(
     check_sources(paper, sources)
     kind = 'drawn' if data=='world' else 'real'
     s = paper.settings(kind, preset, **changes)
-    d = open_data(data, root, people, cameras, s['seed'], tuple(s['size']))
+    d = (paper.task or CROPS).open(data, root, people, cameras, s)
     for part in (d.train, d.query, d.gallery): say(str(part))
     s['data'] = dict(data=data, root=root and str(Path(root).resolve()),
                      people=people, cameras=cameras)
@@ -224,7 +224,7 @@ def _sources(method, words):
 
 @command('train', 'method')
 def train_command(
-    method:str, # baseline, crossdataset, ics or padal
+    method:str, # baseline, crossdataset, ics, padal or idfree
     data:str='world', # world, folder, or the name of a set: reidlit doctor lists them
     root:Path|None=None, # Folder of a real set
     source:list[str]|None=None, # NAME=FOLDER, a labelled set to start from; repeat it
@@ -255,6 +255,17 @@ def train_command(
                f'{run.before.cmc[0]:.3f}\n{run.after}\nin {run.folder}')
 
 # %% ../nbs/80_cli.ipynb #c6fcf0d4
+def crop_model(
+    run, # Folder of a trained run, or a file of its model
+    device=None # `None` chooses
+)->tuple: # The network, and what was kept with it; its `size` `(H,W)`
+    "A network that describes crops; `DataError` for any other model."
+    model,info = load_model(run, device)
+    size = info.get('size') or info.get('settings', {}).get('size')
+    if not isinstance(model, ReidModel) or not size: raise DataError(run,
+        f'is a {type(model).__name__}', 'a model that tells people apart by crops')
+    return model,info | dict(size=tuple(size))
+
 @command('eval', 'run')
 def evaluate_run(
     run:Path, # Folder of a trained run, or a file of its model
@@ -268,7 +279,7 @@ def evaluate_run(
     fmr:float=.01 # Allowed share of false matches
 ):
     "Score the model in RUN on its own test people, or on other data."
-    model,s = load_model(run, device)
+    model,s = crop_model(run, device)
     own = s.get('data', dict(data='world', root=None, people=200, cameras=6))
     d = open_data(data or own['data'], root or own['root'], people or own['people'],
         cameras or own['cameras'], s['seed'] if seed is None else seed,
@@ -294,7 +305,7 @@ def search_folder(
     "Rank the crops in GALLERY by likeness to each crop in QUERY."
     if top<1: raise ValueError(f'top={top}: expected 1 or more')
     run = run or data_home('runs', 'baseline-world-laptop')
-    model,s = load_model(run, device)
+    model,s = crop_model(run, device)
     q,g = number_alike(open_crops(query), open_crops(gallery))
     size = tuple(s['size'])
     typer.echo(f'{len(q)} queries in {len(g)} pictures, model {run}')
@@ -306,7 +317,7 @@ def search_folder(
 # %% ../nbs/80_cli.ipynb #b2c65b7c
 @command('reproduce', 'paper')
 def reproduce_command(
-    paper:str, # baseline, crossdataset, ics, mcssl or padal
+    paper:str, # baseline, crossdataset, ics, idfree, mcssl or padal
     what:str='core', # Or another of its experiments: figures, sweeps, ...
     data:str='world', # Or the name of a real set
     root:Path|None=None, # Folder of a real set
@@ -439,11 +450,8 @@ def looks_of(
     device=None # `None` chooses
 ): # A function of a picture and its boxes, for `track_film`
     "What makes features of boxes; `DataError` if the model does not."
-    model,info = load_model(weights, device)
-    size = info.get('size') or info.get('settings', {}).get('size')
-    if not isinstance(model, ReidModel) or not size: raise DataError(weights,
-        f'is a {type(model).__name__}', 'a model that tells people apart')
-    return crop_features(model, tuple(size))
+    model,info = crop_model(weights, device)
+    return crop_features(model, info['size'])
 
 @command('track', 'video')
 def track_people(
@@ -498,7 +506,7 @@ def _finder(run, device):
     model,info = load_model(run, device)
     if not isinstance(model, PointID): raise DataError(
         run, f'is a {type(model).__name__}', 'a run of fit_idfree')
-    size = info.get('settings', {}).get('size')
+    size = info.get('size')
     return model,size and tuple(size)
 
 @command('search-frames', 'query', 'frames')

@@ -107,7 +107,7 @@ def test_a_stop_in_any_stage_is_gone_on_from(stage, photos, track, small, tmp_pa
         again = fit_idfree(photos, [track], s, folder=tmp_path, resume=True, device='cpu')
     assert torch.equal(weights(again.detector), weights(whole.detector))
     back, info = load_model(tmp_path, 'cpu')
-    assert torch.equal(weights(back), weights(again.detector)) and info['settings']['steps']==[4, 2, 2]
+    assert torch.equal(weights(back), weights(again.detector)) and info['steps']==[4, 2, 2]
 
 
 def test_films_without_a_track_are_reported(photos, small, caplog):

@@ -187,7 +187,7 @@ def view_batch(
 # %% ../../nbs/53_idfree.ipynb #012b400b
 PUBLISHED = dict(weight=.2, temperature=.07, loss='contrastive', sample='biased',
     how='linked', eps=None, least=4, sure=.5, every=1, transforms=list(TRANSFORMS),
-    both=False, seed=0)
+    both=False, tune=1., seed=0)
 _TINY = dict(backbone='tiny', weights=None, stride=8, optimiser='adam', lr=2e-3, wd=.01,
              short=256)
 _LARGE = dict(backbone='resnet50', weights='hub', stride=8, optimiser='sgd', lr=.01,
@@ -195,8 +195,9 @@ _LARGE = dict(backbone='resnet50', weights='hub', stride=8, optimiser='sgd', lr=
 BY_PRESET = {
     ('drawn', 'ci'):_TINY | dict(size=(136, 240), bs=2, steps=(2, 2, 2), queue=64,
                                  warm=1),
-    ('drawn', 'laptop'):_TINY | dict(size=(192, 336), bs=6, steps=(120, 80, 40),
-        lr=3e-4, queue=1024, warm=40, transforms=['zoom', 'mirror', 'color']),
+    ('drawn', 'laptop'):_TINY | dict(size=(192, 336), bs=6, steps=(100, 80, 40),
+        lr=1e-3, tune=.2, queue=1024, warm=1000,
+        transforms=['zoom', 'mirror', 'color']),
     ('real', 'ci'):_TINY | dict(size=(136, 240), bs=2, steps=(2, 2, 2), queue=64,
                                 warm=1),
     ('real', 'laptop'):_TINY | dict(size=(272, 480), bs=8, steps=(1500, 500, 200),
@@ -225,7 +226,7 @@ def idfree_settings(
         raise ValueError(f"steps={s['steps']!r}: expected three whole numbers")
     for name,ok in (
         ('weight', s['weight']>=0), ('lr', s['lr']>0), ('warm', s['warm']>=0),
-        ('temperature', s['temperature']>0), ('sure', 0<=s['sure']<=1),
+        ('temperature', s['temperature']>0), ('tune', s['tune']>0), ('sure', 0<=s['sure']<=1),
         ('eps', s['eps'] is None or s['eps']>0),
         ('transforms', set(s['transforms'])<=set(TRANSFORMS))):
         if not ok: raise ValueError(f'{name}={s[name]!r}: not in its range')
@@ -245,7 +246,8 @@ def stage_learner(
     s = settings
     if stage not in PHASES:
         raise ValueError(f'stage {stage!r}: expected one of {PHASES}')
-    kw = dict(lr=s['lr'], wd=s['wd'], device=device, seed=s['seed']+PHASES.index(stage),
+    rate = s['lr']*(1 if stage=='images' else s['tune'])
+    kw = dict(lr=rate, wd=s['wd'], device=device, seed=s['seed']+PHASES.index(stage),
               opt_func=Adam if s['optimiser']=='adam' else None) # None: SGD
     parts = dict(images=(), video=('backbone', 'encoder'), head=('head',))
     detector.train_only(*parts[stage])
@@ -261,7 +263,7 @@ def _fit_stage(learn, steps, folder, s, resume, stop_after):
     "A stage trained for at least so many steps, in whole epochs."
     n = len(learn.dls.train); epochs = -(-steps//n)
     sched = None if s['optimiser']=='adam' else step_decay(
-        s['lr'], epochs*n, [.6*epochs*n, .8*epochs*n])
+        learn.lr, epochs*n, [.6*epochs*n, .8*epochs*n])
     return fit(learn, epochs, folder, s, resume, stop_after, sched)
 
 # %% ../../nbs/53_idfree.ipynb #9828a51b
@@ -325,7 +327,7 @@ def fit_idfree(
             _fit_stage(learn, steps, at(stage), s, resume, None)
             history[stage] = learn.loss_history.history
     detector.train_only().eval()
-    if folder is not None: save_model(detector, at('model.safetensors'), settings=s)
+    if folder is not None: save_model(detector, at('model.safetensors'), **s)
     return IdfreeFit(detector, mined, history)
 
 # %% ../../nbs/53_idfree.ipynb #c8ab5244

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LOOKS', 'SIZES', 'FILM_ARMS', 'AT_TRUE', 'SECTION', 'CLAIMS', 'QUEUES', 'SHARES', 'SETS', 'PAPER', 'hall',
            'strangers', 'lab_data', 'score_search', 'what_it_sees', 'true_tracks', 'mixed_tracks', 'mining_quality',
-           'trainer', 'core', 'losses', 'films', 'views', 'masked', 'labels', 'tracking', 'open_search', 'train',
-           'settings']
+           'untrained', 'trainer', 'core', 'losses', 'films', 'views', 'masked', 'labels', 'tracking', 'open_search',
+           'train', 'settings']
 
-# %% ../../nbs/54_idfree.lab.ipynb #96c046f7
+# %% ../../nbs/54_idfree.lab.ipynb #304ce699
 import copy,numpy as np,torch
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from ..core import rng_for,seed_all
+from ..core import default_device,rng_for,seed_all
 from ..data.augment import MEAN
 from ..data.readers.mot import MotBoxes
 from ..data.readers.search import SearchSet,as_search,cuhk_sysu,prw
@@ -21,7 +21,7 @@ from ..data.world import World
 from ..detection.detectors import Detections,to_images
 from ..detection.online_tracker import track_film
 from ..detection.training import join_frames,world_frames
-from ..experiments import Claim,Experiment,Paper,Run
+from ..experiments import Claim,Experiment,Paper,Run,Task
 from ..films import film_folder
 from reidlit.idfree import (TRANSFORMS,PointID,ViewPairs,fit_idfree,idfree_settings,
     stage_learner)
@@ -32,22 +32,25 @@ from ..metrics.search import SearchScores,search_scores
 from ..metrics.tracking import tracking_scores
 from ..report import bars
 
-# %% ../../nbs/54_idfree.lab.ipynb #8ae51db0
+# %% ../../nbs/54_idfree.lab.ipynb #3d705b4c
 LOOKS = dict(cameras=4, style=.3, similarity=.4, crowd=12, size=(336, 192))
 
 def hall(
     run:Run, # Its seed
     what:str, # What it is for: another name, another hall
     people:int # How many come and go
-)->World: # Whose cameras have lenses of twice the focal length
-    "A hall whose cameras look closer."
+)->World: # Grey, and with lenses of twice the focal length
+    "A hall in which there is little to see but people, and those are large."
     seed = int(rng_for(run.seed, 'idfree', what).integers(2**31))
     w = World(people, seed=seed, **LOOKS)
     double = np.diag([2., 2, 1])
     w.cameras = tuple(replace(c, K=c.K*(double+(double==0))) for c in w.cameras)
+    grey = np.full((4, 3), 190.)
+    w.rooms = tuple(replace(r, floor=grey[0], walls=grey, trim=grey-20, tiles=3)
+                    for r in w.rooms)
     return w
 
-# %% ../../nbs/54_idfree.lab.ipynb #df1e34c1
+# %% ../../nbs/54_idfree.lab.ipynb #60850f09
 def strangers(
     world:World, # People are about in it, in changing company
     length:int=1, # Pictures of a film
@@ -60,7 +63,7 @@ def strangers(
         here = set(np.concatenate([world.positions(k).pids for k in times]).tolist())
         if not here & seen: seen |= here; yield t
 
-# %% ../../nbs/54_idfree.lab.ipynb #4390eade
+# %% ../../nbs/54_idfree.lab.ipynb #47fe0477
 SIZES = { # Pictures, films, pictures of a film, moments of the labelled and searched
     'ci':(4, 2, 6, 4, 4), 'laptop':(200, 60, 12, 50, 50)}
 
@@ -72,7 +75,7 @@ def lab_data(
         f'preset {run.preset!r}: expected one of {tuple(SIZES)}')
     pictures,films,length,taught,searched = SIZES[run.preset]
     def drawn(what, n, length=1, every=4):
-        w = hall(run, what, 20*n*LOOKS['crowd']//12)
+        w = hall(run, what, 40*n)
         r,out = rng_for(run.seed, 'cameras', what),[]
         for t in strangers(w, length, every):
             c = int(r.integers(len(w.cameras)))
@@ -86,7 +89,7 @@ def lab_data(
         target=as_search(all_('labelled', taught), all_('searched', searched),
                          same_camera=False))
 
-# %% ../../nbs/54_idfree.lab.ipynb #1a1aab7f
+# %% ../../nbs/54_idfree.lab.ipynb #930088bd
 def score_search(
     model, # A `PointID` or `TwoStep`, trained
     items:SearchSet, # What is searched, and who is looked for
@@ -110,7 +113,7 @@ def score_search(
             found.append((d.xyxy/z, d.scores)); looks.append(f)
     return search_scores(items, found, looks, np.stack(asked), sure or 0.)
 
-# %% ../../nbs/54_idfree.lab.ipynb #68a180ee
+# %% ../../nbs/54_idfree.lab.ipynb #bd9d740a
 @torch.no_grad()
 def what_it_sees(
     model, # A `PointID`, trained
@@ -131,7 +134,7 @@ def what_it_sees(
     person,place = np.mean(out, 0)
     return dict(person=person, place=place)
 
-# %% ../../nbs/54_idfree.lab.ipynb #804de042
+# %% ../../nbs/54_idfree.lab.ipynb #807c3810
 FILM_ARMS = { # Tables 2b, 2c and controls: which tracks, changes of the settings
     'random':('mined', dict(sample='random')), 'biased':('mined', {}),
     'memory':('mined', dict(loss='memory')), 'image views':('mined', dict(sample='one')),
@@ -141,7 +144,7 @@ SECTION = {'untrained,\ntrue boxes':['untrained'+AT_TRUE],
     'boxes,\ntrue boxes':['boxes'+AT_TRUE], 'boxes':['boxes'], '+ L_id':['boxes + L_id'],
     '+ films':['boxes + L_id + films'], 'labels':['labels']}
 
-# %% ../../nbs/54_idfree.lab.ipynb #ef4ab26a
+# %% ../../nbs/54_idfree.lab.ipynb #39e0719c
 def true_tracks(
     films, # `FrameSet`s with people
     least:int=4 # Boxes of a track
@@ -168,7 +171,7 @@ def mixed_tracks(
         out.append(replace(m, labels=labels))
     return out
 
-# %% ../../nbs/54_idfree.lab.ipynb #ddd60d26
+# %% ../../nbs/54_idfree.lab.ipynb #8a5538ca
 def mining_quality(
     mined # `MinedClip`s of films with true boxes
 )->dict: # kept, pairs, found: means over films; see `mining_scores`
@@ -181,9 +184,19 @@ def mining_quality(
             at = match_boxes(m.xyxy[mine], np.ones(len(mine)), m.clip.xyxy[own])
             who[mine[at>=0]] = m.clip.pids[own[at[at>=0]]]
         rows.append(mining_scores(m.labels, np.unique(who, return_inverse=True)[1]))
+    if not rows: return dict(kept=0., pairs=0., found=0.)
     return {k:float(np.nanmean([r[k] for r in rows])) for k in ('kept', 'pairs', 'found')}
 
-# %% ../../nbs/54_idfree.lab.ipynb #fa9e9656
+# %% ../../nbs/54_idfree.lab.ipynb #38084667
+def untrained(
+    settings:dict, # From `idfree_settings`
+    device=None # `None` chooses
+)->PointID:
+    "The network before training: random, or with its backbone's weights."
+    seed_all(settings['seed'])
+    net = PointID(*(settings[k] for k in ('backbone', 'weights', 'stride')))
+    return net.eval().to(default_device(device))
+
 def trainer(
     run:Run, # Its folder keeps the trainings
     s:dict # From `idfree_settings`
@@ -202,8 +215,7 @@ def core(
     train = trainer(run, s)
     def score(name, model, sure=.3): run.arm(name,
         partial(score_search, model, d.target, s['size'], sure))
-    seed_all(run.seed)
-    score('untrained'+AT_TRUE, PointID(s['backbone'], stride=s['stride']), None)
+    score('untrained'+AT_TRUE, untrained(s, run.device), None)
     boxes = train('boxes', d.images, weight=0.).detector
     net = train('L_id', d.images).detector
     labelled = d.target.train
@@ -223,7 +235,7 @@ def core(
     for name,model in {'boxes':boxes, 'L_id':net, 'films':filmed}.items():
         run.arm(f'{name} sees', lambda: what_it_sees(model, d.target.test[:20], s['size']))
 
-# %% ../../nbs/54_idfree.lab.ipynb #1a65ae04
+# %% ../../nbs/54_idfree.lab.ipynb #b8bbee8a
 CLAIMS = (Claim('untrained'+AT_TRUE, 'boxes'+AT_TRUE), # Table 1
     Claim('boxes + L_id', 'boxes'), Claim('boxes + L_id + films', 'boxes + L_id'),
     Claim('labels', 'boxes + L_id + films'),
@@ -233,7 +245,7 @@ CLAIMS = (Claim('untrained'+AT_TRUE, 'boxes'+AT_TRUE), # Table 1
     Claim('true tracks', 'biased'), Claim('biased', 'mixed tracks'), # controls
     Claim('films sees', 'L_id sees', 'person'), Claim('L_id sees', 'films sees', 'place'))
 
-# %% ../../nbs/54_idfree.lab.ipynb #7b93bb63
+# %% ../../nbs/54_idfree.lab.ipynb #8795e3af
 QUEUES = 64,256,2048
 
 def losses(
@@ -247,7 +259,7 @@ def losses(
         net = train(name, d.images, **changes).detector
         run.arm(name, partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #f5136c29
+# %% ../../nbs/54_idfree.lab.ipynb #5daccca2
 def films(
     run:Run # Filled with Figure 5a and the limitation
 ):
@@ -265,7 +277,7 @@ def films(
                     steps=(0, s['steps'][1], 0))
         run.arm(name, partial(score_search, fit.detector, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #8c8eecfa
+# %% ../../nbs/54_idfree.lab.ipynb #5beafdc6
 def views(
     run:Run # Filled with Figure 4
 ):
@@ -277,7 +289,7 @@ def views(
             net = train(f'{a}, {b}', d.images, transforms=sorted({a, b})).detector
             run.arm(f'{a}, {b}', partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #b407adae
+# %% ../../nbs/54_idfree.lab.ipynb #156dad81
 SHARES = 0,20,40,100 # Per cent of the people
 
 def masked(
@@ -296,8 +308,7 @@ def labels(
     "Some labels of the target, from three starts."
     s,d = idfree_settings('drawn', run.preset, seed=run.seed),lab_data(run)
     train,items = trainer(run, s),d.target.train
-    seed_all(run.seed)
-    starts = dict(scratch=PointID(s['backbone'], stride=s['stride']),
+    starts = dict(scratch=untrained(s, run.device),
         detection=train('boxes', d.images, weight=0.).detector,
         similarity=train('L_id', d.images).detector)
     for name,start in starts.items():
@@ -312,7 +323,7 @@ def labels(
             run.arm(f'{name}, {share} %',
                     partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #db4866f1
+# %% ../../nbs/54_idfree.lab.ipynb #0a8cc7a5
 def tracking(
     run:Run # Filled with MOTA, IDF1 and switches
 ):
@@ -342,23 +353,25 @@ def _tracked(truth, found):
     return dict(MOTA=t.mota, IDF1=t.idf1, HOTA=t.hota, MT=t.mt/t.people,
         ML=t.ml/t.people, kept=1-t.switches/max(1, t.n_truth-t.fn))
 
-# %% ../../nbs/54_idfree.lab.ipynb #7bd9906f
+# %% ../../nbs/54_idfree.lab.ipynb #02398e13
 SETS = dict(prw=prw, cuhk_sysu=cuhk_sysu)
 
 def open_search(
     data:str, # `'world'`, or one of `SETS`
     root, # The folder of a real set
-    settings:dict # Of the training: its seed, preset's kind, and films
+    people, # Not used: halls have their own
+    cameras, # Not used
+    settings:dict # Of the training: its seed, and a folder of films
 ): # train: pictures with boxes; query, gallery: who is searched where; search, films
     "Pictures to train on, a search, and films if a folder of them is named."
     if data!='world' and data not in SETS:
         raise ValueError(f'data {data!r}: expected one of {("world", *SETS)}')
     if data!='world' and root is None: raise ValueError(f'data {data!r} needs --root')
-    folder,drawn = settings['films'],()
     if data=='world':
-        d = lab_data(Run(settings['seed'])); s,drawn = replace(d.target, train=d.images),d.films
-    else: s = SETS[data](root)
-    films = film_folder(folder) if folder else drawn
+        d = lab_data(Run(settings['seed']))
+        s,films = replace(d.target, train=d.images),d.films
+    else: s,films = SETS[data](root),()
+    if settings['films']: films = film_folder(settings['films'])
     return SimpleNamespace(train=s.train, query=s.queries, gallery=s.test, search=s,
                            films=films)
 
@@ -379,7 +392,7 @@ def settings(
     "What `reidlit train idfree` can be told."
     return idfree_settings(kind, preset, **changes) | dict(films=films)
 
-# %% ../../nbs/54_idfree.lab.ipynb #ed77d703
+# %% ../../nbs/54_idfree.lab.ipynb #ab378fba
 PAPER = Paper('idfree', 'Search without names',
     'Shuai et al.: a network finds people and describes them at one point each. '
     'It learns from pictures with boxes and no names, two views of each, then from '
@@ -388,4 +401,6 @@ PAPER = Paper('idfree', 'Search without names',
         films=Experiment(films), views=Experiment(views), labels=Experiment(labels),
         tracking=Experiment(tracking)),
     figures=((partial(bars, groups=SECTION, metric='mAP'),
-        'mAP of a search in an unseen hall, mean over seeds; dots are seeds.'),))
+        'mAP of a search in an unseen hall, mean over seeds; dots are seeds.'),),
+    settings=settings, train=train, task=Task(open_search, untrained,
+        lambda model, d, s: score_search(model, d.search, s['size'])))
