@@ -1296,6 +1296,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'reidlit.idfree.lab.open_search': ('idfree.lab.html#open_search', 'reidlit/idfree/lab.py'),
                                     'reidlit.idfree.lab.score_search': ('idfree.lab.html#score_search', 'reidlit/idfree/lab.py'),
                                     'reidlit.idfree.lab.settings': ('idfree.lab.html#settings', 'reidlit/idfree/lab.py'),
+                                    'reidlit.idfree.lab.shown': ('idfree.lab.html#shown', 'reidlit/idfree/lab.py'),
                                     'reidlit.idfree.lab.strangers': ('idfree.lab.html#strangers', 'reidlit/idfree/lab.py'),
                                     'reidlit.idfree.lab.tracking': ('idfree.lab.html#tracking', 'reidlit/idfree/lab.py'),
                                     'reidlit.idfree.lab.train': ('idfree.lab.html#train', 'reidlit/idfree/lab.py'),

@@ -1,10 +1,13 @@
 "ID-free training: rivals of the loss, what films may be, and going on after a stop in any stage."
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command import run as cli
+from PIL import Image
 
 from reidlit import idfree
 from reidlit.core import DataError
@@ -144,3 +147,43 @@ def test_search_skips_empty_frames_and_names_bad_boxes(photos):
     assert np.allclose(search_person(net, frames[0], [10, 10, 30, 60], frames[:1], size=(48, 80))[0].box, [0, 0, 40, 80])
     for bad in ([10, 10, 5, 60], [0, 0, np.nan, 4], [1, 2, 3]):
         with pytest.raises(ValueError, match='box'): search_person(net, frames[0], bad, frames)
+
+
+def test_the_tables_are_stored_and_a_stopped_seed_goes_on(tmp_path, monkeypatch):
+    from reidlit.experiments import Run, load_paper, reproduce
+    paper = load_paper('idfree')
+    arm, asked = Run.arm, []
+    def stop(self, name, make):
+        asked.append(name)
+        if name == 'random': raise KeyboardInterrupt
+        return arm(self, name, make)
+    with monkeypatch.context() as m:
+        m.setattr(Run, 'arm', stop)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(paper, preset='ci', seeds=(100,), results=tmp_path, device='cpu')
+    done = [n for n in asked if n != 'random']
+    said = []
+    path = reproduce(paper, preset='ci', seeds=(100,), results=tmp_path, device='cpu', say=said.append)
+    assert all(f'{n}: kept' in said for n in done)
+    stored = json.loads(path.read_text())
+    assert {'untrained, true boxes', 'boxes', 'labels', 'biased', 'mixed tracks', 'mining'} <= set(stored['variants'])
+    assert len(stored['claims']) == len(paper.experiments['core'].claims)
+
+
+def test_a_pointid_is_trained_scored_and_searched_with_by_the_command(tmp_path):
+    run = tmp_path/'run'
+    out = cli('train', 'idfree', '--preset', 'ci', '--out', run, '--device', 'cpu')
+    assert out.returncode == 0 and 'untrained: mAP' in out.stdout, out.stderr
+    scores = json.loads((run/'scores.json').read_text())
+    assert 0 <= scores['trained']['mAP'] <= 1 and scores['settings']['films'] == ''
+    frames = tmp_path/'frames'; frames.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3): Image.fromarray(rng.integers(0, 255, (136, 240, 3), np.uint8)).save(frames/f'{i}.png')
+    found = cli('search-frames', frames/'0.png', frames, '--run', run, '--box', '10,10,60,120', '--sure', '0',
+                '--out', tmp_path/'found')
+    assert found.returncode == 0 and (tmp_path/'found'/'search.csv').exists(), found.stderr
+    for words, message in ((('eval', run), 'by crops'), (('train', 'idfree', '--data', 'market1501', '--out', tmp_path/'x'),
+                                                         "'market1501'"),
+                           (('train', 'idfree', '--data', 'prw', '--out', tmp_path/'x'), '--root')):
+        bad = cli(*words)
+        assert bad.returncode and message in bad.stderr and 'Traceback' not in bad.stderr, bad.stderr
