@@ -226,7 +226,8 @@ def idfree_settings(
         raise ValueError(f"steps={s['steps']!r}: expected three whole numbers")
     for name,ok in (
         ('weight', s['weight']>=0), ('lr', s['lr']>0), ('warm', s['warm']>=0),
-        ('temperature', s['temperature']>0), ('tune', s['tune']>0), ('sure', 0<=s['sure']<=1),
+        ('temperature', s['temperature']>0), ('tune', s['tune']>0),
+        ('sure', 0<=s['sure']<=1),
         ('eps', s['eps'] is None or s['eps']>0),
         ('transforms', set(s['transforms'])<=set(TRANSFORMS))):
         if not ok: raise ValueError(f'{name}={s[name]!r}: not in its range')

@@ -8,7 +8,7 @@ __all__ = ['LOOKS', 'SIZES', 'FILM_ARMS', 'AT_TRUE', 'SECTION', 'CLAIMS', 'QUEUE
            'mining_quality', 'untrained', 'trainer', 'core', 'losses', 'films', 'views', 'masked', 'labels', 'tracking',
            'open_search', 'train', 'settings']
 
-# %% ../../nbs/54_idfree.lab.ipynb #971231da
+# %% ../../nbs/54_idfree.lab.ipynb #da8d8623
 import copy,numpy as np,torch
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from ..metrics.search import SearchScores,search_scores
 from ..metrics.tracking import tracking_scores
 from ..report import bars
 
-# %% ../../nbs/54_idfree.lab.ipynb #48a9f44c
+# %% ../../nbs/54_idfree.lab.ipynb #4b8896cf
 LOOKS = dict(cameras=4, style=.3, similarity=.4, crowd=12, size=(336, 192))
 
 def hall(
@@ -50,7 +50,7 @@ def hall(
                     for r in w.rooms)
     return w
 
-# %% ../../nbs/54_idfree.lab.ipynb #2e810d9f
+# %% ../../nbs/54_idfree.lab.ipynb #96dbb0ef
 def strangers(
     world:World, # People are about in it, in changing company
     length:int=1, # Pictures of a film
@@ -63,7 +63,7 @@ def strangers(
         here = set(np.concatenate([world.positions(k).pids for k in times]).tolist())
         if not here & seen: seen |= here; yield t
 
-# %% ../../nbs/54_idfree.lab.ipynb #c0642af7
+# %% ../../nbs/54_idfree.lab.ipynb #4cc0b6a4
 SIZES = { # Pictures, films, pictures of a film, moments of the labelled and searched
     'ci':(4, 2, 6, 4, 4), 'laptop':(200, 60, 12, 50, 50)}
 
@@ -89,7 +89,7 @@ def lab_data(
         target=as_search(all_('labelled', taught), all_('searched', searched),
                          same_camera=False))
 
-# %% ../../nbs/54_idfree.lab.ipynb #e63af078
+# %% ../../nbs/54_idfree.lab.ipynb #b03942fe
 def score_search(
     model, # A `PointID` or `TwoStep`, trained
     items:SearchSet, # What is searched, and who is looked for
@@ -113,7 +113,7 @@ def score_search(
             found.append((d.xyxy/z, d.scores)); looks.append(f)
     return search_scores(items, found, looks, np.stack(asked), sure or 0.)
 
-# %% ../../nbs/54_idfree.lab.ipynb #8496a9a4
+# %% ../../nbs/54_idfree.lab.ipynb #1d5ed33d
 @torch.no_grad()
 def what_it_sees(
     model, # A `PointID`, trained
@@ -134,10 +134,11 @@ def what_it_sees(
     person,place = np.mean(out, 0)
     return dict(person=person, place=place)
 
-# %% ../../nbs/54_idfree.lab.ipynb #a70d0dab
+# %% ../../nbs/54_idfree.lab.ipynb #54124dc9
 FILM_ARMS = { # Tables 2b, 2c and controls: which tracks, changes of the settings
     'random':('mined', dict(sample='random')), 'biased':('mined', {}),
-    'memory':('mined', dict(loss='memory')), 'image views':('mined', dict(sample='one')),
+    'memory':('mined', dict(loss='memory')),
+    'image views':('mined', dict(sample='one')),
     'true tracks':('true', {}), 'mixed tracks':('mixed', {})}
 AT_TRUE = ', true boxes'
 SECTION = {k:[v+AT_TRUE] for k,v in (('untrained', 'untrained'), ('boxes', 'boxes'),
@@ -151,7 +152,7 @@ def shown(
     ax = bars(result, SECTION, 'mAP'); ax.set_ylim(0, .5)
     return ax
 
-# %% ../../nbs/54_idfree.lab.ipynb #7607a01d
+# %% ../../nbs/54_idfree.lab.ipynb #670019ce
 def true_tracks(
     films, # `FrameSet`s with people
     least:int=4 # Boxes of a track
@@ -178,7 +179,7 @@ def mixed_tracks(
         out.append(replace(m, labels=labels))
     return out
 
-# %% ../../nbs/54_idfree.lab.ipynb #ba9945ce
+# %% ../../nbs/54_idfree.lab.ipynb #05253e14
 def mining_quality(
     mined # `MinedClip`s of films with true boxes
 )->dict: # kept, pairs, found: means over films; see `mining_scores`
@@ -192,9 +193,10 @@ def mining_quality(
             who[mine[at>=0]] = m.clip.pids[own[at[at>=0]]]
         rows.append(mining_scores(m.labels, np.unique(who, return_inverse=True)[1]))
     if not rows: return dict(kept=0., pairs=0., found=0.)
-    return {k:float(np.nanmean([r[k] for r in rows])) for k in ('kept', 'pairs', 'found')}
+    return {k:float(np.nanmean([r[k] for r in rows]))
+            for k in ('kept', 'pairs', 'found')}
 
-# %% ../../nbs/54_idfree.lab.ipynb #3f16cf69
+# %% ../../nbs/54_idfree.lab.ipynb #636b50fe
 def untrained(
     settings:dict, # From `idfree_settings`
     device=None # `None` chooses
@@ -240,9 +242,10 @@ def core(
         if name=='biased':
             filmed = fit.detector; score('boxes + L_id + films', filmed)
     for name,model in {'boxes':boxes, 'L_id':net, 'films':filmed}.items():
-        run.arm(f'{name} sees', lambda: what_it_sees(model, d.target.test[:20], s['size']))
+        run.arm(f'{name} sees',
+                lambda: what_it_sees(model, d.target.test[:20], s['size']))
 
-# %% ../../nbs/54_idfree.lab.ipynb #3b326428
+# %% ../../nbs/54_idfree.lab.ipynb #81cf1ddb
 CLAIMS = (Claim('untrained'+AT_TRUE, 'boxes'+AT_TRUE), # Table 1
     Claim('boxes + L_id', 'boxes'), Claim('boxes + L_id + films', 'boxes + L_id'),
     Claim('labels', 'boxes + L_id + films'),
@@ -250,9 +253,10 @@ CLAIMS = (Claim('untrained'+AT_TRUE, 'boxes'+AT_TRUE), # Table 1
     Claim('boxes + L_id'+AT_TRUE, 'image views'), Claim('biased', 'image views'), # 2c
     Claim('biased', 'boxes + L_id'+AT_TRUE),
     Claim('true tracks', 'biased'), Claim('biased', 'mixed tracks'), # controls
-    Claim('films sees', 'L_id sees', 'person'), Claim('L_id sees', 'films sees', 'place'))
+    Claim('films sees', 'L_id sees', 'person'),
+    Claim('L_id sees', 'films sees', 'place'))
 
-# %% ../../nbs/54_idfree.lab.ipynb #d9ac7585
+# %% ../../nbs/54_idfree.lab.ipynb #1643a76e
 QUEUES = 64,256,2048
 
 def losses(
@@ -266,7 +270,7 @@ def losses(
         net = train(name, d.images, **changes).detector
         run.arm(name, partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #22bc9fa1
+# %% ../../nbs/54_idfree.lab.ipynb #b38344e5
 def films(
     run:Run # Filled with Figure 5a and the limitation
 ):
@@ -282,9 +286,10 @@ def films(
     for name,some in (sets | {'shared people':again}).items():
         fit = train(name, d.images, true_tracks(some), start=net,
                     steps=(0, s['steps'][1], 0))
-        run.arm(name, partial(score_search, fit.detector, d.target, s['size'], None))
+        run.arm(name,
+                partial(score_search, fit.detector, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #fbf75ca1
+# %% ../../nbs/54_idfree.lab.ipynb #c2165fd7
 def views(
     run:Run # Filled with Figure 4
 ):
@@ -294,9 +299,10 @@ def views(
     for i,a in enumerate(TRANSFORMS):
         for b in TRANSFORMS[i:]:
             net = train(f'{a}, {b}', d.images, transforms=sorted({a, b})).detector
-            run.arm(f'{a}, {b}', partial(score_search, net, d.target, s['size'], None))
+            run.arm(f'{a}, {b}',
+                    partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #fe60ab53
+# %% ../../nbs/54_idfree.lab.ipynb #af28db9c
 SHARES = 0,20,40,100 # Per cent of the people
 
 def masked(
@@ -330,7 +336,7 @@ def labels(
             run.arm(f'{name}, {share} %',
                     partial(score_search, net, d.target, s['size'], None))
 
-# %% ../../nbs/54_idfree.lab.ipynb #b2a6a63c
+# %% ../../nbs/54_idfree.lab.ipynb #7e77ff83
 def tracking(
     run:Run # Filled with MOTA, IDF1 and switches
 ):
@@ -360,7 +366,7 @@ def _tracked(truth, found):
     return dict(MOTA=t.mota, IDF1=t.idf1, HOTA=t.hota, MT=t.mt/t.people,
         ML=t.ml/t.people, kept=1-t.switches/max(1, t.n_truth-t.fn))
 
-# %% ../../nbs/54_idfree.lab.ipynb #a83cde9e
+# %% ../../nbs/54_idfree.lab.ipynb #dd428b4e
 SETS = dict(prw=prw, cuhk_sysu=cuhk_sysu)
 
 def open_search(
@@ -400,7 +406,7 @@ def settings(
     return idfree_settings(kind, preset, **changes) | dict(
         films=films, drawn=preset or active_preset())
 
-# %% ../../nbs/54_idfree.lab.ipynb #c65a6ff9
+# %% ../../nbs/54_idfree.lab.ipynb #87f253b3
 PAPER = Paper('idfree', 'Search without names',
     'Shuai et al.: a network finds people and describes them at one point each. '
     'It learns from pictures with boxes and no names, two views of each, then from '
