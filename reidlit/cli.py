@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Annotated
 import matplotlib.pyplot as plt,numpy as np,torch,typer
 from . import mcssl
+from .crossdataset import EmbeddingNet
 from .core import (DataError,Dropped,ReidSet,active_preset,check_out,
     data_home,default_device,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
@@ -262,7 +263,7 @@ def crop_model(
     "A network that describes crops; `DataError` for any other model."
     model,info = load_model(run, device)
     size = info.get('size') or info.get('settings', {}).get('size')
-    if not isinstance(model, ReidModel) or not size: raise DataError(run,
+    if not isinstance(model, (ReidModel, EmbeddingNet)) or not size: raise DataError(run,
         f'is a {type(model).__name__}', 'a model that tells people apart by crops')
     return model,info | dict(size=tuple(size))
 

@@ -589,7 +589,7 @@ def test_scores_equal_the_definition(kinds):
         np.testing.assert_array_equal(s.places, place)
         counts = ~np.isnan(ap)
         assert s.skipped == (~counts).sum() and s.mAP == pytest.approx(ap[counts].mean())
-        assert s.top.tolist() == [(place[counts] <= k).mean() for k in (1, 2, 3)]
+        assert s.cmc.tolist() == [(place[counts] <= k).mean() for k in (1, 2, 3)]
         ranks += np.isfinite(s.places).sum()
     assert ranks > 20
 
@@ -616,10 +616,10 @@ def test_perfect_and_hopeless():
     own = [s.test.row == i for i in range(len(s.test))]
     found = [(s.test.xyxy[b], np.ones(b.sum())) for b in own]
     best = search_scores(s, found, [one_hot[s.test.pids[b]] for b in own], one_hot[s.queries.pids])
-    assert best.mAP == best.recall == best.top[0] == 1
+    assert best.mAP == best.recall == best.cmc[0] == 1
     away = [(b+1000, c) for b, c in found]
     none = search_scores(s, away, [one_hot[s.test.pids[b]] for b in own], one_hot[s.queries.pids])
-    assert none.mAP == none.recall == none.top[-1] == 0 and np.isinf(none.places).all()
+    assert none.mAP == none.recall == none.cmc[-1] == 0 and np.isinf(none.places).all()
     nothing = [(np.zeros((0, 4)), np.zeros(0))]*len(s.test)
     assert search_scores(s, nothing, [np.zeros((0, 9))]*len(s.test), one_hot[s.queries.pids]).mAP == 0
 
