@@ -182,8 +182,32 @@ def test_a_pointid_is_trained_scored_and_searched_with_by_the_command(tmp_path):
     found = cli('search-frames', frames/'0.png', frames, '--run', run, '--box', '10,10,60,120', '--sure', '0',
                 '--out', tmp_path/'found')
     assert found.returncode == 0 and (tmp_path/'found'/'search.csv').exists(), found.stderr
-    for words, message in ((('eval', run), 'by crops'), (('train', 'idfree', '--data', 'market1501', '--out', tmp_path/'x'),
-                                                         "'market1501'"),
+    for words, message in ((('eval', run), 'by crops'), (('train', 'idfree', '--preset', 'ci', '--out', run), 'checkpoint'),
+                           (('train', 'idfree', '--data', 'market1501', '--out', tmp_path/'x'), "'market1501'"),
                            (('train', 'idfree', '--data', 'prw', '--out', tmp_path/'x'), '--root')):
         bad = cli(*words)
         assert bad.returncode and message in bad.stderr and 'Traceback' not in bad.stderr, bad.stderr
+
+
+@pytest.mark.parametrize('what, count', [('losses', 4), ('films', 3), ('labels', 12), ('tracking', 4), ('views', 3)])
+def test_every_other_experiment_runs(what, count, tmp_path, monkeypatch):
+    from reidlit.experiments import load_paper, reproduce
+    from reidlit.idfree import lab
+    monkeypatch.setattr(lab, 'TRANSFORMS', ('zoom', 'mirror')) # three trainings of views, not 21
+    path = reproduce(load_paper('idfree'), what, preset='ci', seeds=(100,), results=tmp_path, device='cpu')
+    found = json.loads(path.read_text())['variants']
+    assert len(found) == count
+    assert all(np.isfinite(v).all() for m in found.values() for v in m.values())
+
+
+def test_a_longer_queue_is_used(monkeypatch):
+    from reidlit.experiments import Run
+    from reidlit.idfree import lab
+    asked = {}
+    def fit(images, films, s, *args):
+        asked[s['queue']] = s['short']
+        return type('Fit', (), dict(detector=None))
+    monkeypatch.setattr(lab, 'fit_idfree', fit)
+    monkeypatch.setattr(Run, 'arm', lambda *args: None)
+    lab.losses(Run(100, 'ci', 'cpu'))
+    assert all(asked[q] == q for q in lab.QUEUES) # `warm` may never end: then only `short` rows are rivals

@@ -43,8 +43,8 @@ def hall(
     "A hall in which there is little to see but people, and those are large."
     seed = int(rng_for(run.seed, 'idfree', what).integers(2**31))
     w = World(people, seed=seed, **LOOKS)
-    double = np.diag([2., 2, 1])
-    w.cameras = tuple(replace(c, K=c.K*(double+(double==0))) for c in w.cameras)
+    longer = [[2, 1, 1], [1, 2, 1], [1, 1, 1]] # focal lengths, not the middle
+    w.cameras = tuple(replace(c, K=c.K*longer) for c in w.cameras)
     grey = np.full((4, 3), 190.)
     w.rooms = tuple(replace(r, floor=grey[0], walls=grey, trim=grey-20, tiles=3)
                     for r in w.rooms)
@@ -82,6 +82,7 @@ def lab_data(
             f = world_frames(w, [c], range(t, t+length*every, every))
             if len(f.row): out.append(replace(f, name=f'film {len(out)}'))
             if len(out)==n: return out
+        raise RuntimeError(f'{what}: {len(out)} of {n} in a hall of {w.people} people')
     all_ = lambda what, n: world_frames(w := hall(run, what, 80),
         range(len(w.cameras)), range(0, 20*n, 20))
     return SimpleNamespace(images=join_frames(drawn('pictures', pictures), 'pictures'),
@@ -124,13 +125,15 @@ def what_it_sees(
     grey,out = np.uint8(255*np.array(MEAN)),[]
     for i in range(len(items)):
         im,scale = film_frame(items, i, tuple(size))
-        for box in items.xyxy[items.row==i]*scale:
+        boxes = items.xyxy[items.row==i]*scale
+        whole, = model.embed_boxes(to_images(im[None]), [boxes])
+        for box,f in zip(boxes, whole):
             x1,y1,x2,y2 = np.round(box).astype(int)
             alone,gone = np.full_like(im, grey),im.copy()
             alone[y1:y2, x1:x2],gone[y1:y2, x1:x2] = im[y1:y2, x1:x2],grey
-            f = np.concatenate(model.embed_boxes(
-                to_images(np.stack([im, alone, gone])), [box[None]]*3))
-            out.append(f[1:]@f[0])
+            covered = model.embed_boxes(to_images(np.stack([alone, gone])),
+                                        [box[None]]*2)
+            out.append(np.concatenate(covered)@f)
     person,place = np.mean(out, 0)
     return dict(person=person, place=place)
 
@@ -265,7 +268,7 @@ def losses(
     "Stage one with a classifier, and with queues of several lengths."
     s,d = idfree_settings('drawn', run.preset, seed=run.seed),lab_data(run)
     train = trainer(run, s)
-    arms = {f'queue {q}':dict(queue=q, short=min(q, s['short'])) for q in QUEUES}
+    arms = {f'queue {q}':dict(queue=q, short=q) for q in QUEUES}
     for name,changes in (dict(classifier=dict(loss='classifier')) | arms).items():
         net = train(name, d.images, **changes).detector
         run.arm(name, partial(score_search, net, d.target, s['size'], None))
@@ -394,7 +397,7 @@ def train(
 ): # Has `.model`, a `PointID`
     "A PointID trained on pictures with boxes, and on films if there are some."
     return SimpleNamespace(model=fit_idfree(d.train, d.films, run.settings, None, None,
-        run.folder and run.folder/'training', run.resume, run.device).detector)
+        run.folder, run.resume, run.device).detector)
 
 def settings(
     kind:str, # `'drawn'` or `'real'` pictures
