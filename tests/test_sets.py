@@ -423,7 +423,7 @@ def test_files_beside_the_pictures(tmp_path):
         with pytest.raises(DataError, match='none: no such file'):
             read(tmp_path/'none')
     (tmp_path/'a').write_bytes(b'\xff\xfe{')
-    with pytest.raises(DataError, match='a: not readable'):
+    with pytest.raises(DataError, match='a: not JSON'):
         read_json(tmp_path/'a')
     with pytest.raises(DataError, match='a: not a readable .mat file'):
         read_mat(tmp_path/'a')

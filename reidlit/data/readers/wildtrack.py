@@ -15,8 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from reidlit.core import (DataError,Dropped,ReidSet,check_shapes,
-    read_text)
+from ...core import DataError,Dropped,ReidSet,check_shapes
 from ...geometry import Camera
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
@@ -117,8 +116,8 @@ def read_json(
     path # A JSON file
 ): # What it holds
     "The content of a JSON file; `DataError` if it is missing or broken."
-    text = read_text(path)
-    try: return json.loads(text)
+    try: return json.loads(Path(path).read_bytes()) # knows byte order marks
+    except FileNotFoundError: raise DataError(path, 'no such file') from None
     except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
 
 def clip_box(
