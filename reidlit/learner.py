@@ -62,13 +62,13 @@ def extract_features(
     if not len(items): raise ValueError(f'{items.name or "set"}: no pictures')
     device,prepare,out = next(model.parameters()).device,Augment.none(),[]
     if normalize is None: normalize = getattr(model, 'normalize', True)
-    for x in _ahead(items, size, batch):
-        if device.type=='cuda': x = x.pin_memory()
-        x = prepare(x.to(device, non_blocking=True))
-        with in_mode(model, False):
+    with in_mode(model, False):
+        for x in _ahead(items, size, batch):
+            if device.type=='cuda': x = x.pin_memory()
+            x = prepare(x.to(device, non_blocking=True))
             f = model(x).float()
             if flip: f = (f+model(x.flip(3)).float())/2
-        out.append(F.normalize(f) if normalize else f)
+            out.append(F.normalize(f) if normalize else f)
     return torch.cat(out).cpu()
 
 # %% ../nbs/12_learner.ipynb #299aea66

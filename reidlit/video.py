@@ -289,12 +289,13 @@ def clip_features(
     if device is not None: model.to(torch.device(device))
     device = next(model.parameters()).device
     out = [torch.zeros(0, model.num_features)]
-    for i in range(0, len(clips), batch):
-        x = clips[i:i+batch]; n,t = x.shape[:2]
-        x = normalize(to_float(x.reshape(-1, *x.shape[2:]), device))
-        see = lambda x: model(x.unflatten(0, (n, t))).float()
-        with in_mode(model, False): f = see(x)+see(x.flip(3)) if flip else see(x)
-        out.append(F.normalize(f).cpu())
+    with in_mode(model, False):
+        for i in range(0, len(clips), batch):
+            x = clips[i:i+batch]; n,t = x.shape[:2]
+            x = normalize(to_float(x.reshape(-1, *x.shape[2:]), device))
+            see = lambda x: model(x.unflatten(0, (n, t))).float()
+            f = see(x)+see(x.flip(3)) if flip else see(x)
+            out.append(F.normalize(f).cpu())
     return torch.cat(out)
 
 def clip_distance(
