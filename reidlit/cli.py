@@ -37,8 +37,8 @@ from .detection.detectors import load_detector,save_detector
 from reidlit.detection.online_tracker import (crop_features,read_detections,
     track_film)
 from .detection.training import base_detector,detector_scores,make_base
-from .experiments import (CROPS,Run,check_sources,load_paper,papers,
-    reproduce,surroundings,train_run)
+from .experiments import (Run,check_sources,load_paper,papers,reproduce,
+    surroundings,train_run)
 from .films import Film,annotate,write_film
 from .idfree import PointID,TwoStep,search_person
 from .learner import extract_features,fast_dtype
@@ -85,7 +85,7 @@ def train_method(
     check_sources(paper, sources)
     kind = 'drawn' if data=='world' else 'real'
     s = paper.settings(kind, preset, **changes)
-    d = (paper.task or CROPS).open(data, root, people, cameras, s)
+    d = paper.task.open(data, root, people, cameras, s)
     for part in (d.train, d.query, d.gallery): say(str(part))
     s['data'] = dict(data=data, root=root and str(Path(root).resolve()),
                      people=people, cameras=cameras)
@@ -284,9 +284,9 @@ def evaluate_run(
     own = s.get('data', dict(data='world', root=None, people=200, cameras=6))
     d = open_data(data or own['data'], root or own['root'], people or own['people'],
         cameras or own['cameras'], s['seed'] if seed is None else seed,
-        tuple(s['size']))
+        s['size'])
     typer.echo(str(score_target(model, d, s['size'], ap=ap)))
-    f = extract_features(model, d.gallery, tuple(s['size']))
+    f = extract_features(model, d.gallery, s['size'])
     real = ~d.gallery.junk & ~d.gallery.distractor
     cams = None if d.gallery.camids is None else d.gallery.camids[real]
     pos,neg = pair_distances(f[torch.from_numpy(real)], d.gallery.pids[real], cams,
@@ -308,10 +308,9 @@ def search_folder(
     run = run or data_home('runs', 'baseline-world-laptop')
     model,s = crop_model(run, device)
     q,g = number_alike(open_crops(query), open_crops(gallery))
-    size = tuple(s['size'])
     typer.echo(f'{len(q)} queries in {len(g)} pictures, model {run}')
-    rows = search(model, size, q, g, top)
-    for f in write_search(rows, q, g, out, size): typer.echo(f)
+    rows = search(model, s['size'], q, g, top)
+    for f in write_search(rows, q, g, out, s['size']): typer.echo(f)
     right = [r['right'] for r in rows if r['rank']==1 and r['right']!='']
     if right: typer.echo(f'right at rank 1: {np.mean(right):.1%} of {len(right)}')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'verdict', 'surroundings', 'read_result', 'Claim', 'judge', 'add_seed', 'rejudge', 'result_rows', 'numbers',
-           'Run', 'Experiment', 'Paper', 'papers', 'load_paper', 'check_sources', 'reproduce', 'first_weights', 'Task',
+           'Run', 'Experiment', 'Task', 'Paper', 'papers', 'load_paper', 'check_sources', 'reproduce', 'first_weights',
            'train_run']
 
 # %% ../nbs/16_experiments.ipynb #a7827be7
@@ -267,12 +267,24 @@ def taken(self:Run)->float: # Seconds, of all sittings
     "How long the run has taken so far."
     return self.seconds+time.time()-self.start
 
-# %% ../nbs/16_experiments.ipynb #017f9ee6
+# %% ../nbs/16_experiments.ipynb #f74c7d1e
 class Experiment(NamedTuple):
     "What is run for each seed, and what it should show."
     run:object # Takes a `Run` and fills it
     claims:tuple=() # `Claim`s
 
+class Task(NamedTuple):
+    "What a method is trained on, and how it is scored."
+    open:object # Takes data, root, people, cameras, settings: train, query, gallery
+    first:object # Takes settings and a device, gives the network before training
+    score:object # Takes a network, the data and settings, gives `ReidScores` or so
+
+CROPS = Task(lambda data, root, people, cameras, s: open_data(
+    data, root, people, cameras, s['seed'], tuple(s['size'])),
+    lambda s, device: first_weights(s, device), # defined below
+    lambda model, d, s: score_target(model, d, s['size']))
+
+# %% ../nbs/16_experiments.ipynb #017f9ee6
 @dataclass
 class Paper:
     "A paper of this course, for the command, the report and the tests."
@@ -286,7 +298,7 @@ class Paper:
     train:object=None # Takes a `Run` and data, gives a fitted learner
     readers:dict|None=None # Real sets of `real`; `None`: those of `open_data`
     sources:bool=False # Does it start from labelled sets?
-    task:object=None # A `Task`, for `train`; `None`: `CROPS`
+    task:Task=CROPS # Of its `train`
 
 def papers()->list: # Names
     "Papers there are: packages of reidlit with a module `lab`."
@@ -384,16 +396,6 @@ def first_weights(
         pool=s.get('pool', 'gap'), dtype=fast_dtype(device, s['backbone']))
     return model.eval().to(device)
 
-class Task(NamedTuple):
-    "What a method is trained on, and how it is scored."
-    open:object # Takes data, root, people, cameras, settings: train, query, gallery
-    first:object # Takes settings and a device, gives the network before training
-    score:object # Takes a network, the data and settings, gives `ReidScores` or so
-
-CROPS = Task(lambda data, root, people, cameras, s: open_data(
-    data, root, people, cameras, s['seed'], tuple(s['size'])), first_weights,
-    lambda model, d, s: score_target(model, d, s['size']))
-
 def train_run(
     paper:Paper, # Whose method
     run:Run, # With settings, and a folder or none
@@ -401,7 +403,7 @@ def train_run(
 )->SimpleNamespace: # `learn`; `before`, `after`: `ReidScores`; `scores`: numbers
     "A trained method with its scores; `DataError` if the folder holds a run."
     check_folder(run.folder, run.resume)
-    s,task = run.settings,paper.task or CROPS
+    s,task = run.settings,paper.task
     before = task.score(task.first(s, run.device), d, s)
     learn = paper.train(run, d)
     after = task.score(learn.model, d, s)
