@@ -1779,6 +1779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'reidlit.padal.lab._share_of_cameras': ('padal.lab.html#_share_of_cameras', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.core': ('padal.lab.html#core', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.cost': ('padal.lab.html#cost', 'reidlit/padal/lab.py'),
+                                   'reidlit.padal.lab.distance_histograms': ('padal.lab.html#distance_histograms', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.figures': ('padal.lab.html#figures', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.fragment_identities': ('padal.lab.html#fragment_identities', 'reidlit/padal/lab.py'),
                                    'reidlit.padal.lab.fragments': ('padal.lab.html#fragments', 'reidlit/padal/lab.py'),

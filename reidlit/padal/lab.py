@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['WORLD', 'ARMS', 'STANDARDISED', 'GAP', 'SECTION', 'REAL_ARMS', 'WEAKER', 'REAL_CLAIMS', 'CLAIMS', 'SWEEP',
            'FRAGMENTS', 'TWO_ARMS', 'STYLES', 'PAPER', 'padal_world', 'lab_data', 'lab_scores', 'table2', 'core',
-           'more', 'real_core', 'part_gaps', 'figures', 'map_stages', 'fragment_identities', 'fragments', 'styles',
-           'two_cameras', 'step_cost', 'cost', 'train', 'settings']
+           'more', 'real_core', 'part_gaps', 'figures', 'map_stages', 'distance_histograms', 'fragment_identities',
+           'fragments', 'styles', 'two_cameras', 'step_cost', 'cost', 'train', 'settings']
 
 # %% ../../nbs/43_padal.lab.ipynb #d7a0a5e6
 import time,torch
+from itertools import combinations
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,11 +23,12 @@ from ..data.world import World
 from ..experiments import Claim,Experiment,Paper,Run
 from ..learner import extract_features,quiet
 from ..metrics.retrieval import reid_scores
-from . import (VARIANTS,CameraDiscriminator,fit_padal,padal_settings,
-    part_features,part_masks)
+from ..metrics.thresholds import pair_distances
+from . import (VARIANTS,CameraDiscriminator,fit_padal,padal_learner,
+    padal_settings,part_features,part_masks)
 from ..report import bars
 from ..tracklets import pool_tracklets
-from ..viz import embed_2d,plot_embedding
+from ..viz import RIGHT,WRONG,embed_2d,plot_embedding
 
 # %% ../../nbs/43_padal.lab.ipynb #60a68951
 WORLD = dict(people=140, cameras=6, layout='disjoint', style=.2, additive=1.,
@@ -225,6 +227,35 @@ def map_stages(
         top.set_title(name)
         for ax in (top, below):
             if ax.get_legend(): ax.get_legend().remove()
+    return fig
+
+# %% ../../nbs/43_padal.lab.ipynb #818c3a22
+def distance_histograms(
+    models:dict, # Names to networks
+    items:ReidSet, # Tracklets of some people
+    size:tuple, # `(H,W)` of the networks' input
+    bins:int=24 # Of distances between features of length 1
+): # The figure
+    "Distances of one person and of two, a line a pair of cameras (Figure 6)."
+    fig,axes = plt.subplots(1, len(models), squeeze=False, layout='constrained',
+                            figsize=(2.9*len(models), 2.6))
+    for (name,model),ax in zip(models.items(), axes[0]):
+        f = extract_features(model, items, tuple(size))
+        f,pids,camids = pool_tracklets(f, items.tids, items.pids, items.camids,
+                                       normalise='after')
+        found = []
+        for two in combinations(np.unique(camids), 2):
+            at = np.isin(camids, two)
+            seen = [set(pids[camids==c]) for c in two]
+            if seen[0] & seen[1]: found.append( # somebody walked through both
+                pair_distances(f[at], pids[at], camids[at], cross_camera=True))
+        edges = np.linspace(0, max(d.max() for both in found for d in both), bins+1)
+        for kind,c,label in zip(zip(*found), (RIGHT, WRONG), ('one person', 'two')):
+            h = [np.histogram(d, edges, density=True)[0] for d in kind]
+            for line in h: ax.plot(edges[1:], line, color=c, lw=.6, alpha=.5)
+            ax.plot(edges[1:], np.mean(h, 0), color=c, lw=2.5, label=label)
+        ax.set(title=name, xlabel='distance', yticks=[])
+    axes[0, 0].set_ylabel('how often'); axes[0, 0].legend(fontsize=7)
     return fig
 
 # %% ../../nbs/43_padal.lab.ipynb #066f2efb
