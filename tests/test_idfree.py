@@ -189,7 +189,7 @@ def test_a_pointid_is_trained_scored_and_searched_with_by_the_command(tmp_path):
         assert bad.returncode and message in bad.stderr and 'Traceback' not in bad.stderr, bad.stderr
 
 
-@pytest.mark.parametrize('what, count', [('losses', 4), ('films', 3), ('labels', 12), ('tracking', 4), ('views', 3)])
+@pytest.mark.parametrize('what, count', [('losses', 4), ('films', 4), ('labels', 12), ('tracking', 4), ('views', 3)])
 def test_every_other_experiment_runs(what, count, tmp_path, monkeypatch):
     from reidlit.experiments import load_paper, reproduce
     from reidlit.idfree import lab
@@ -211,3 +211,25 @@ def test_a_longer_queue_is_used(monkeypatch):
     monkeypatch.setattr(Run, 'arm', lambda *args: None)
     lab.losses(Run(100, 'ci', 'cpu'))
     assert all(asked[q] == q for q in lab.QUEUES) # `warm` may never end: then only `short` rows are rivals
+
+
+def test_what_was_learned_is_tried_on_photographs(tmp_path):
+    from reidlit.data.readers.pets2009 import MultiviewDetections
+    from reidlit.data.writers import write_market1501
+    from reidlit.experiments import Run, load_paper, reproduce
+    from reidlit.idfree.lab import real_core
+    write_market1501(World(12, 2, 3), tmp_path/'set')
+    path = reproduce(load_paper('idfree'), data='market1501', root=tmp_path/'set', preset='ci', seeds=(100,),
+                     results=tmp_path, device='cpu')
+    found = json.loads(path.read_text())['variants']
+    assert set(found) == {'untrained', 'L_id', 'L_id + films'} and all(0 <= v['mAP'][0] <= 1 for v in found.values())
+    w = World(12, 5, 1)
+    views = [[(b := w.boxes(c, t).xyxy, np.ones(len(b), np.float32)) for t in range(6)] for c in range(5)]
+    class Shown:
+        rate = w.fps
+        def __getitem__(self, t): return w.frame(0, t)
+    d = MultiviewDetections(list(w.cameras), views, tuple('abcde'), [Shown(), *[None]*4])
+    run = Run(100, 'ci', 'cpu', kind='real', data=lambda: d)
+    real_core(run)
+    assert set(run.values) == {'overlap', 'untrained', 'L_id', 'L_id + films'}
+    assert all(set(v) == {'IDF1', 'HOTA', 'kept'} for v in run.values.values())
