@@ -24,8 +24,8 @@ from ..experiments import Claim,Experiment,Paper,Run
 from ..learner import extract_features,quiet
 from ..metrics.retrieval import reid_scores
 from ..metrics.thresholds import pair_distances
-from . import (VARIANTS,CameraDiscriminator,fit_padal,padal_learner,
-    padal_settings,part_features,part_masks)
+from . import (VARIANTS,CameraDiscriminator,fit_padal,padal_settings,
+    part_features,part_masks)
 from ..report import bars
 from ..tracklets import pool_tracklets
 from ..viz import RIGHT,WRONG,embed_2d,plot_embedding
