@@ -64,6 +64,14 @@ def choices(
         except ValueError: out[name] = value
     return out
 
+_STOPPED = '\nstopped; --resume goes on after the last whole epoch'
+
+def _goes_on(folder, resume, say):
+    "Say what `--resume` finds."
+    if not resume: return
+    if any(Path(folder).rglob('checkpoint.json')): say(f'{folder}: goes on')
+    else: say(f'{folder}: no checkpoint to go on from, begins anew')
+
 def train_method(
     method:str, # A paper's name
     data:str='world', # `'world'`, `'folder'`, or the name of a set
@@ -91,6 +99,7 @@ def train_method(
                      people=people, cameras=cameras)
     if sources: s['data']['sources'] = {k:len(v) for k,v in sources.items()}
     folder = Path(out or data_home('runs', f'{method}-{data}-{preset}'))
+    _goes_on(folder, resume, say)
     run = Run(s['seed'], preset, device, say, kind, None, sources or {}, s, folder,
               resume)
     return SimpleNamespace(**vars(train_run(paper, run, d)), folder=folder, d=d)
@@ -231,7 +240,7 @@ def train_command(
     source:list[str]|None=None, # NAME=FOLDER, a labelled set to start from; repeat it
     preset:str|None=None, # ci, laptop, gpu (of real sets) or paper
     out:Path|None=None, # Folder of the run
-    resume:bool=False, # Go on from OUT
+    resume:bool=False, # Go on from OUT; begin, if it has no checkpoint
     epochs:int|None=None, # How many, of each stage
     lr:float|None=None, # Highest learning rate
     backbone:str|None=None, # tiny, resnet50, mobilenet_v2, ...
@@ -250,7 +259,7 @@ def train_command(
     try: run = train_method(method, data, root, preset, out, resume, device,
         _sources(method, source), people, cameras, **changes)
     except KeyboardInterrupt:
-        typer.echo('\nstopped; --resume goes on after the last whole epoch')
+        typer.echo(_STOPPED)
         raise typer.Exit(130)
     typer.echo(f'untrained: mAP {run.before.mAP:.3f} rank-1 '
                f'{run.before.cmc[0]:.3f}\n{run.after}\nin {run.folder}')
@@ -382,7 +391,7 @@ def customise_camera(
     detector:Path|None=None, # A file of save_detector
     preset:str|None=None, # ci, laptop or paper
     out:Path|None=None, # Folder of the run
-    resume:bool=False, # Go on from OUT
+    resume:bool=False, # Go on from OUT; begin, if it has no checkpoint
     seed:int=0, # Of the trainings
     device:str|None=None # cpu, cuda, cuda:1 ...
 ):
@@ -399,8 +408,9 @@ def customise_camera(
     names = others.split(',') if others else [f'C{i+1}' for i in range(count)]
     rest = [camera_number(o, count) for o in names]
     out = out or data_home('runs', f'mcssl-{data}-{camera}')
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and any(out.glob('[!.]*')):
         raise DataError(out, 'not empty', '--resume to go on, or another --out')
+    _goes_on(out, resume, typer.echo)
     typer.echo(s.train)
     times,lost = shared_moments(s.train, {c, *rest})
     if lost: typer.echo(f'{lost} moments left out: not all cameras have them')
@@ -411,7 +421,7 @@ def customise_camera(
         reid=reid_for(kind, device), size=size, device=device, folder=out,
         resume=resume)
     except KeyboardInterrupt:
-        typer.echo('\nstopped; go on with --resume')
+        typer.echo(_STOPPED)
         raise typer.Exit(130)
     for a in made.association:
         typer.echo(f'C{a.camera2+1}: {a.possible} pairs of boxes, '
@@ -607,12 +617,18 @@ def main(
         if not rank_distrib(): return app(words, standalone_mode=False) or 0
         with redirect_stdout(io.StringIO()): # of many processes, the first speaks
             return app(words, standalone_mode=False) or 0
-    except (ValueError, OSError) as e:
+    except (typer.Abort, KeyboardInterrupt): return _said('stopped', 130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         if os.environ.get('REIDLIT_DEBUG'): raise
-        typer.echo(f'reidlit: {e}', err=True)
-        return 2
-    except typer.Abort: return 130
+        return _said(e, 2)
     except Exception as e:
-        if not hasattr(e, 'show'): raise
-        e.show() # a wrong option: the message is in words
-        return 2
+        if hasattr(e, 'show'): e.show(); return 2 # a wrong option, in words
+        if isinstance(e, ImportError) and not e.name: return _said(e, 2) # our own
+        e.add_note('reidlit: this is a fault of the program. Please report all of the '
+                   'above, and what `reidlit doctor` says (see CONTRIBUTING.md)')
+        raise
+
+def _said(what, status):
+    "The exit status, after one line."
+    typer.echo('reidlit: '+' '.join(str(what).split('\n')), err=True)
+    return status

@@ -17,15 +17,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
-from filelock import FileLock,Timeout
 from scipy import stats
 from . import core
-from .core import (DataError,active_preset,default_device,logger,seed_all,
-    write_atomic)
+from .core import (DataError,active_preset,default_device,locked,logger,
+    seed_all,write_atomic)
 from .data.sets import open_data
 from .learner import fast_dtype
 from .models import ReidModel,load_backbone
-from .runs import check_folder,save_model
+from .runs import run_folder,save_model
 from .tracklets import score_target
 
 # %% ../nbs/16_experiments.ipynb #99beb311
@@ -133,16 +132,6 @@ def judge(
 # %% ../nbs/16_experiments.ipynb #7b00c7f4
 def _judged(claims, variants): return [judge(c, variants) for c in claims]
 
-@contextmanager
-def _locked(path, wait=60.):
-    "Nobody else of this machine is inside for this path."
-    lock = path.with_name(f'.{path.name.lstrip(".")}.lock')
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock, timeout=wait): yield
-    except Timeout: raise DataError(path, 'is being written by another process',
-                                    'one process for each seed') from None
-
 def _write(path, result):
     write_atomic(path, (json.dumps(result, indent=1)+'\n').encode())
     return result
@@ -158,7 +147,7 @@ def add_seed(
 )->dict: # The file's new content
     "The result with one seed more, all claims judged anew."
     path = Path(path)
-    with _locked(path):
+    with locked(path):
         old = read_result(path) if path.exists() else dict(seeds=[], seconds={})
         if path.exists(): _check_same(path, old, paper, preset, values)
         seeds,variants = _merged(old, seed, values)
@@ -172,7 +161,7 @@ def rejudge(
     claims # `Claim`s
 )->dict: # The file's new content
     "A stored result with its claims judged anew, everything else as it was."
-    with _locked(path := Path(path)):
+    with locked(path := Path(path)):
         out = read_result(path)
         return _write(path, out | dict(claims=_judged(claims, out['variants'])))
 
@@ -346,7 +335,7 @@ def _opener(paper, data, root, seed):
 def _sitting(folder, say):
     "The folder of a seed, for one process; that of another commit is emptied."
     mark = folder/'commit.txt'
-    with _locked(folder, 0):
+    with locked(folder, 0, 'one process for each seed'):
         now = surroundings()['commit']
         if folder.exists() and not (mark.exists() and mark.read_text()==now):
             say(f'{folder.name}: begun at another commit, begins anew')
@@ -385,6 +374,22 @@ def reproduce(
     return path
 
 # %% ../nbs/16_experiments.ipynb #b0ac5a8b
+def _train_run(paper, run, d):
+    s,task = run.settings,paper.task
+    before = task.score(task.first(s, run.device), d, s)
+    learn = paper.train(run, d)
+    after = task.score(learn.model, d, s)
+    more = lambda x: {'mINP':x.mINP} if hasattr(x, 'mINP') else {}
+    scores = {k:dict(mAP=x.mAP, rank1=float(x.cmc[0])) | more(x)
+              for k,x in (('untrained', before), ('trained', after))}
+    t = SimpleNamespace(learn=learn, before=before, after=after, scores=scores)
+    if run.folder is None: return t
+    save_model(learn.model, run.folder/'model.safetensors', **s)
+    out = dict(paper=paper.name, preset=run.preset, **scores, rules=after.rules,
+        settings=s, seconds=round(run.taken(), 1), **surroundings())
+    write_atomic(run.folder/'scores.json', (json.dumps(out, indent=1)+'\n').encode())
+    return t
+
 def first_weights(
     settings:dict, # backbone, weights, seed, maybe pool
     device=None # `None` chooses
@@ -402,18 +407,6 @@ def train_run(
     d # With train, query and gallery, as its task opens them
 )->SimpleNamespace: # `learn`; `before`, `after`: `ReidScores`; `scores`: numbers
     "A trained method with its scores; `DataError` if the folder holds a run."
-    check_folder(run.folder, run.resume)
-    s,task = run.settings,paper.task
-    before = task.score(task.first(s, run.device), d, s)
-    learn = paper.train(run, d)
-    after = task.score(learn.model, d, s)
-    more = lambda x: {'mINP':x.mINP} if hasattr(x, 'mINP') else {}
-    scores = {k:dict(mAP=x.mAP, rank1=float(x.cmc[0])) | more(x)
-              for k,x in (('untrained', before), ('trained', after))}
-    t = SimpleNamespace(learn=learn, before=before, after=after, scores=scores)
-    if run.folder is None: return t
-    save_model(learn.model, run.folder/'model.safetensors', **s)
-    out = dict(paper=paper.name, preset=run.preset, **scores, rules=after.rules,
-        settings=s, seconds=round(run.taken(), 1), **surroundings())
-    write_atomic(run.folder/'scores.json', (json.dumps(out, indent=1)+'\n').encode())
-    return t
+    default_device(run.device) # an unknown one makes no folder
+    with run_folder(run.folder, run.resume, 'model.safetensors'):
+        return _train_run(paper, run, d)

@@ -13,8 +13,8 @@ from pathlib import Path
 import cv2,numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from reidlit.core import (DataError,Dropped,as_boxes,as_labels,check_shapes,
-    logger)
+from .core import (DataError,Dropped,as_boxes,as_labels,check_shapes,
+    logger,replacing)
 from .viz import identity_color
 
 # FFmpeg writes about broken films to the terminal; errors below say it in words
@@ -163,25 +163,22 @@ def write_film(
     "A film of the frames, whole or not at all; `ValueError` names a bad one."
     path,out,shape = Path(path),None,None
     _check_film(path, rate)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f'.{path.stem}-{os.getpid()}{path.suffix}')
-    try:
-        for k,im in enumerate(frames):
-            im = np.asarray(im)
-            shape = shape or im.shape
-            if im.shape!=shape or im.shape[2:]!=(3,) or im.dtype!=np.uint8:
-                raise ValueError(
-                    f'{path.name}: frame {k} is {im.shape} {im.dtype}; '
-                    f'expected {shape if k else "(H,W,3)"} uint8')
-            if out is None: out,more = _writer(half, shape, rate)
-            im = cv2.cvtColor(im, cv2.COLOR_RGB2BGR)
-            if any(more): im = np.pad(im, [(0, n) for n in (*more, 0)], 'edge')
-            out.write(im)
-        if out is None: raise ValueError(f'{path.name}: no frames')
-        out.release(); os.replace(half, path)
-    except BaseException:
-        if out is not None: out.release()
-        half.unlink(missing_ok=True); raise
+    with replacing(path) as half:
+        try:
+            for k,im in enumerate(frames):
+                im = np.asarray(im)
+                shape = shape or im.shape
+                if im.shape!=shape or im.shape[2:]!=(3,) or im.dtype!=np.uint8:
+                    raise ValueError(
+                        f'{path.name}: frame {k} is {im.shape} {im.dtype}; '
+                        f'expected {shape if k else "(H,W,3)"} uint8')
+                if out is None: out,more = _writer(half, shape, rate)
+                im = cv2.cvtColor(im, cv2.COLOR_RGB2BGR)
+                if any(more): im = np.pad(im, [(0, n) for n in (*more, 0)], 'edge')
+                out.write(im)
+            if out is None: raise ValueError(f'{path.name}: no frames')
+        finally:
+            if out is not None: out.release()
     return path
 
 # %% ../nbs/03b_films.ipynb #8242873a

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'make_settings', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'Checkpoints', 'StopAfter',
-           'check_folder', 'fit', 'step_decay', 'build_model', 'save_model', 'load_model', 'shipped']
+           'check_folder', 'run_folder', 'fit', 'step_decay', 'build_model', 'save_model', 'load_model', 'shipped']
 
 # %% ../nbs/12a_runs.ipynb #248174e5
 import importlib,json
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from pathlib import Path
 import torch,torch.nn as nn
 from fastai.callback.core import Callback
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file,save
 from . import core
 from .core import (DataError,active_preset,check_out,data_home,
-    default_device,logger,write_atomic)
+    default_device,locked,logger,write_atomic)
 from .learner import ReidLearner,fast_dtype
 
 # %% ../nbs/12a_runs.ipynb #a4b66f8c
@@ -163,6 +163,17 @@ def check_folder(
         'resume=True to go on (--resume), or another folder')
     return own in begun
 
+@contextmanager
+def run_folder(
+    folder, # Of a run; `None`: nothing is kept
+    resume:bool=False, # May the run go on?
+    file:str='checkpoint.json' # In it, that one process may write
+): # What `check_folder` says
+    "A context for one process, or one launch of several; `DataError` if busy."
+    if folder is None or rank_distrib(): yield check_folder(folder, resume); return
+    with locked(check_out(folder)/file, 0, 'another folder'):
+        yield check_folder(folder, resume)
+
 # %% ../nbs/12a_runs.ipynb #99f916b1
 def _together(learn):
     "A context in which all processes of a launch train the learner."
@@ -173,6 +184,13 @@ def _together(learn):
     except NameError: raise ImportError('several processes need accelerate: pip install '
                                         "'reidlit[distributed]'") from None
     return learn.distrib_ctx()
+
+def _train(learn, epochs, done, cbs, sched, pct_start):
+    "The rest of the epochs, by one cycle or a schedule."
+    with _together(learn):
+        if sched is None: learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done,
+                                              pct_start=pct_start)
+        else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
 
 def fit(
     learn:ReidLearner, # Not yet fitted
@@ -190,16 +208,12 @@ def fit(
         try: json.dumps(value)
         except TypeError: raise ValueError(f'settings {name!r}: {type(value).__name__} '
                                            'cannot be kept as JSON') from None
-    begun = check_folder(folder, resume)
-    learn.epoch_seed.next = 0 # its epochs count from here
-    done = load_checkpoint(folder, learn, settings, grow, epochs) if begun else 0
-    cbs = [] if folder is None else [Checkpoints(folder, settings, epochs)]
-    if stop_after is not None: cbs.append(StopAfter(stop_after))
-    if done >= epochs: return learn
-    with _together(learn):
-        if sched is None: learn.fit_one_cycle(epochs, cbs=cbs, start_epoch=done,
-                                              pct_start=pct_start)
-        else: learn.fit(epochs, cbs=[*cbs, ParamScheduler(sched)], start_epoch=done)
+    with run_folder(folder, resume) as begun:
+        learn.epoch_seed.next = 0 # its epochs count from here
+        done = load_checkpoint(folder, learn, settings, grow, epochs) if begun else 0
+        cbs = [] if folder is None else [Checkpoints(folder, settings, epochs)]
+        if stop_after is not None: cbs.append(StopAfter(stop_after))
+        if done<epochs: _train(learn, epochs, done, cbs, sched, pct_start)
     return learn
 
 # %% ../nbs/12a_runs.ipynb #2cc29af4

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..core import DataError,Dropped,ReidSet,write_atomic
+from ..core import DataError,Dropped,ReidSet,naming,write_atomic
 from .readers.wildtrack import CALIBRATION,WILDTRACK,Grid
 from ..geometry import Camera
 
@@ -38,7 +38,7 @@ def writing(
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
-        yield half
+        with naming(out): yield half
         about = json.dumps({'layout':layout, **(note or {})}, sort_keys=True)
         write_atomic(half/mark, about.encode())
         if out.exists(): os.replace(out, old)

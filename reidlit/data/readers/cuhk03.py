@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ...core import DataError,Dropped,ReidSet,write_atomic
+from ...core import DataError,Dropped,ReidSet,naming,write_atomic
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
 from .viper import as_splits,trial_mask
@@ -70,7 +70,7 @@ def extract_cuhk03(
     half = Path(tempfile.mkdtemp(prefix=f'{folder.name}.partial-', dir=root))
     try:
         for n,(name,x) in enumerate(_cells(path, boxes), 1):
-            Image.fromarray(x).save(half/name)
+            with naming(folder): Image.fromarray(x).save(half/name)
         if not n: raise DataError(path, f'{boxes}: every cell is empty')
         about = dict(layout='cuhk03', pictures=n, testsets=tests)
         write_atomic(half/'reidlit.json', json.dumps(about).encode())
