@@ -43,7 +43,7 @@ JOINS = {'memory':{}, 'S = 0.5 n':dict(S=.5), 'S = 1.5 n':dict(S=1.5),
 def figures(
     run:Run # Filled with all sweeps
 ):
-    "Sweeps of the paper's choices: stage one's M5, then association and M7."
+    "Sweeps of choices without a table: stage one's M5, then association and M7."
     s,train,test = ics_data(run)
     def fitted(name, variant, changes, **kw):
         return fit_ics(train, variant, s | changes, device=run.device,
