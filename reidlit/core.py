@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'naming',
-           'replacing', 'write_atomic', 'DataError', 'locked', 'check_out', 'read_text', 'check_shapes', 'as_labels',
-           'as_features', 'as_boxes', 'Dropped', 'ReidSet']
+           'replacing', 'write_atomic', 'DataError', 'locked', 'check_out', 'read_bytes', 'read_text', 'check_shapes',
+           'as_labels', 'as_features', 'as_boxes', 'Dropped', 'ReidSet']
 
 # %% ../nbs/00_core.ipynb #9203d968
 import hashlib,logging,os,random,re,threading
@@ -170,16 +170,30 @@ def check_out(
     return path
 
 # %% ../nbs/00_core.ipynb #b821c634
+def read_bytes(
+    path, # A file, not a folder or a pipe
+    expected:str='' # What it should be, for the message if it is missing
+)->bytes:
+    "A file's content; `DataError` if it is missing or cannot be read."
+    path = Path(path)
+    try:
+        if path.is_file(): return path.read_bytes()
+        there = path.exists()
+    except OSError as e:
+        raise DataError(path, f'not readable ({type(e).__name__})') from None
+    if not there: raise DataError(path, 'no such file', expected)
+    raise DataError(path, 'not readable (it is a folder or a pipe)', 'a file')
+
 def read_text(
     path, # A text file in UTF-8, with or without a byte order mark
     expected:str='' # What it should be, for the message if it is missing
 )->str: # Its lines end with `\n`
     "A file's text; `DataError` if it is missing or not text."
-    try: return Path(path).read_text(encoding='utf-8-sig')
-    except FileNotFoundError:
-        raise DataError(path, 'no such file', expected) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
+    try: text = read_bytes(path, expected).decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise DataError(path, f'not readable (Unicode, byte {e.start})') from None
+    if '\0' in text: raise DataError(path, 'not readable (it holds zero bytes)')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 # %% ../nbs/00_core.ipynb #680888c8
 def check_shapes(

@@ -198,7 +198,7 @@ def refresh():
 def readme():
     "Write README.md, after index.ipynb lists all notebooks."
     refresh()
-    (ROOT / 'README.md').write_text(readme_text(), encoding='utf-8')
+    (ROOT / 'README.md').write_text(readme_text(), encoding='utf-8', newline='\n')
 
 
 def contents():
