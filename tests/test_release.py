@@ -2,6 +2,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_a_ready_version_is_built_and_tagged_once(clone):
 def test_this_version_has_notes():
     heads = re.findall(r'^## \[(.+?)\]', (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
     assert heads[0] == 'Unreleased' and version() in heads
+
+
+def test_a_checkout_with_other_line_ends_is_in_step(tmp_path):
+    "Git may be told to write CRLF; the notebooks and what is made of them stay the same to the byte."
+    home = tmp_path / 'clone'
+    if git(ROOT, 'clone', '-q', '--depth', '1', '-c', 'core.autocrlf=true', f'file://{ROOT}', home).returncode:
+        pytest.skip('no git checkout')
+    assert not [f.name for f in (*home.glob('nbs/**/*.ipynb'), *home.glob('reidlit/**/*.py'),
+                                 *home.glob('*.md')) if b'\r\n' in f.read_bytes()]
+    done = subprocess.run([sys.executable, 'tools/nbs.py', 'check'], cwd=home, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(home)))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -447,13 +447,13 @@ def test_crowdhuman_border(tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('{', 'line 1: JSON'), ('[]', 'line 1: TypeError'), ('{"ID": "a"}', "line 1: KeyError 'gtboxes'"),
-    ('{"ID": "a", "gtboxes": [{}]}', 'a: KeyError'), ('{"ID": "a", "gtboxes": [3]}', 'a: '),
-    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2]}]}', 'a: ValueError'),
-    ('{"ID": "a", "gtboxes": [{"tag": "cat", "fbox": [1, 2, 3, 4]}]}', 'a: ValueError cat'),
-    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2, 3, NaN]}]}', 'a: ValueError not finite'),
-    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2, 3, 4], "extra": 3}]}', 'a: AttributeError'),
-    ('{"ID": "a", "gtboxes": 3}', 'line 1: TypeError')])
+    ('{', 'line 1 is .*not JSON'), ('[]', 'line 1 is .*expected entries'), ('{"ID": "a"}', 'line 1 is .*gtboxes is absent'),
+    ('{"ID": "a", "gtboxes": [{}]}', 'line 1 is .*tag is absent'), ('{"ID": "a", "gtboxes": [3]}', 'line 1 is .*gtboxes.0. is 3'),
+    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2]}]}', 'line 1 is .*fbox is .1, 2.; expected 4'),
+    ('{"ID": "a", "gtboxes": [{"tag": "cat", "fbox": [1, 2, 3, 4]}]}', 'line 1 is .*tag is .cat.'),
+    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2, 3, NaN]}]}', 'line 1 is .*nan; expected a finite'),
+    ('{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1, 2, 3, 4], "extra": 3}]}', 'line 1 is .*extra is 3'),
+    ('{"ID": "a", "gtboxes": 3}', 'line 1 is .*gtboxes is 3; expected a list')])
 def test_crowdhuman_broken(tmp_path, text, message):
     odgt(tmp_path, dict(ID='a', gtboxes=[]))
     (tmp_path/'annotation_train.odgt').write_text(text)

@@ -299,7 +299,7 @@ def test_wildtrack_names_of_seven_cameras(tmp_path):
     (lambda r: (r/'annotations_positions'/'00000005.json').write_text('[{'),
      '00000005.json: not JSON'),
     (lambda r: (r/'annotations_positions'/'00000005.json').write_text('[{"personID": 1}]'),
-     "00000005.json: person 0: KeyError 'views'"),
+     "00000005.json: \[0\].positionID is absent"),
     (lambda r: (r/'annotations_positions'/'00000005.json').write_text(
         '[{"personID": 1, "positionID": 691200, "views": []}]'),
      '00000005.json: person 1, frame 5: position 691200'),

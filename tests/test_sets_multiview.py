@@ -176,11 +176,11 @@ def test_calibration_forms(tmp_path):
 
 @pytest.mark.parametrize('text, message', [
     ('', 'no usable homography'), ('Reprojection error: 1', 'no usable homography'),
-    ('Homography matrix: 1 2 3;4 5 6', 'line 1 has 6 numbers; expected 9'),
-    ('Homography matrix: 1 0 0;0 1 0;0 0 nan', 'line 1 has 9 numbers; expected 9 finite'),
-    ('Homography matrix: 1 0 0;0 1 0;0 0 z', 'line 1: could not convert'),
+    ('Homography matrix: 1 2 3;4 5 6', 'line 1 is .*6 numbers, expected 9'),
+    ('Homography matrix: 1 0 0;0 1 0;0 0 nan', "line 1 is .*'nan' is not a number"),
+    ('Homography matrix: 1 0 0;0 1 0;0 0 z', "line 1 is .*'z' is not a number"),
     ('Homography matrix: 1 0 0;0 1 0;0 0 0', 'no usable homography'),
-    ('1 0 0;0 1 0;0 0 1\nDistortion coefficients: 1 2', 'line 2 has 2 numbers; expected 4')])
+    ('1 0 0;0 1 0;0 0 1\nDistortion coefficients: 1 2', 'line 2 is .*2 numbers, expected 4')])
 def test_calibration_broken(tmp_path, text, message):
     (tmp_path/'calibration.txt').write_text(text)
     with pytest.raises(DataError, match=f'calibration.txt: {message}'):
@@ -437,14 +437,14 @@ def test_pets_made_up(tmp_path, people):
     (lambda r: (r/'detections'/'View_002.json').unlink(), 'View_002.json: no such file'),
     (lambda r: (r/'detections'/'View_002.json').write_text('{'), 'View_002.json: not JSON'),
     (lambda r: (r/'detections'/'View_002.json').write_text('{"bboxes": [[]]}'),
-     'View_002.json: KeyError'),
+     'View_002.json: scores is absent'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
-        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: moment 1: ValueError'),
+        '{"bboxes": [[[1, 2, 3, 4]], []], "scores": [[], []]}'), 'View_002.json: moment 1: scores has shape'),
     (lambda r: (r/'detections'/'View_002.json').write_text(
         '{"bboxes": [[]], "scores": [[]]}'), r'detections: moments differ: \[2, 1, 2\]'),
     (lambda r: (r/'calibration.json').write_text('{}'), 'calibration.json: no views'),
     (lambda r: (r/'calibration.json').write_text('{"View_001": {"K": 1}}'),
-     "calibration.json: View_001: KeyError 'R'"),
+     "calibration.json: View_001.R is absent"),
     (lambda r: (r/'calibration.json').unlink(), 'has no calibration.json')])
 def test_pets_broken(tmp_path, people, harm, message):
     root = made_up(tmp_path, people)

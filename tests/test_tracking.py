@@ -228,11 +228,12 @@ def test_mot_files(tmp_path):
     f.write_text('\n')
     m = read_mot(f)
     assert m.xyxy.shape == (0, 4) and len(m.frames) == len(m.pids) == 0
-    f.write_text('3, 7, 1.5, 2, 3, 4, 1, -1, -1, -1\n3 8 0 0 1 1\n')
+    f.write_text('3, 7, 1.5, 2, 3, 4, 1, -1, -1, -1\n3,8,0,0,1,1\n')
     m = read_mot(f, first=0)
     assert m.frames.tolist() == [3, 3] and m.xyxy[0].tolist() == [1.5, 2, 4.5, 6] and m.scores.tolist() == [1, 1]
     assert read_mot(f).xyxy[0].tolist() == [.5, 1, 3.5, 5] and m.labels is None
-    for line in ('1,2,3', '1,2,nan,3,4,5', '1.5,2,1,3,4,5', '1,x,1,3,4,5', '1,2,3,4,-5,6', '1,2,3,4,5,6,nan', '-1,2,3,4,5,6'):
+    for line in ('1,2,3', '1,2,nan,3,4,5', '1.5,2,1,3,4,5', '1,x,1,3,4,5', '1,2,3,4,-5,6', '1,2,3,4,5,6,nan', '-1,2,3,4,5,6',
+                 '1 2 3 4 5 6', '1,2,3,4_0,5,6', '1,2.5,3,4,5,6', '٣,2,3,4,5,6'):
         f.write_text('1,2,3,4,5,6\n'+line)
         with pytest.raises(DataError, match='gt.txt: line 2'): read_mot(f)
     with pytest.raises(DataError, match='none.txt: no such file'): read_mot(tmp_path/'none.txt')
@@ -308,7 +309,7 @@ def test_mot17_test_part_and_broken(tmp_path, hall):
     with pytest.raises(DataError, match='MOT17-01-FRCNN: no pictures'): mot17(out)
     assert mot_sequences(out/'train')[0].images == []  # Boxes alone are enough for scores
     (one/'seqinfo.ini').write_text('[Sequence]\nseqLength=0\n')
-    with pytest.raises(DataError, match='seqLength=0; expected 1 or more'): mot_sequences(out/'train')
+    with pytest.raises(DataError, match="seqLength='0'; expected a number from 1"): mot_sequences(out/'train')
     (one/'seqinfo.ini').write_text('[Sequence]\nseqLength=3\nframeRate=fast\n')
     with pytest.raises(DataError, match="frameRate='fast'"): mot_sequences(out/'train')
 

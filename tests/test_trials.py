@@ -341,7 +341,7 @@ def test_new_lists_that_disagree(tree):
     with pytest.raises(DataError, match=rf'has no 9_001_1_01.png \(1 of {n+1} are missing'):
         cuhk03(root)
     (root/LABELED).write_bytes((root/LABELED).read_bytes()[:300])
-    with pytest.raises(DataError, match=f'{LABELED}: not readable'):
+    with pytest.raises(DataError, match=f'{LABELED}: not a readable .mat file'):
         cuhk03(root)
 
 

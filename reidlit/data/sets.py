@@ -41,8 +41,9 @@ from reidlit.data.readers.search import (SearchSet,as_search,cuhk_sysu,prw,
     write_cuhk_sysu,write_prw)
 from .readers.viper import dukemtmc,trial_mask,viper,ward
 from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
-    Grid,Rig,clip_box,read_json,read_xml,wildtrack,wildtrack_cameras)
+    Grid,Rig,clip_box,read_xml,wildtrack,wildtrack_cameras)
 from .world import World
+from ..files import read_json
 from ..films import Film
 
 # %% ../../nbs/05f_data.sets.ipynb #2a53a05f
@@ -98,7 +99,7 @@ def hold_out(
                        query=test[is_query], gallery=test[~is_query])
 
 # %% ../../nbs/05f_data.sets.ipynb #87b0b125
-CAMERA = re.compile(r'(?:^|[_-])c(?:am)?(\d+)(?=[_\-s.])', re.I)
+CAMERA = re.compile(r'(?:^|[_-])c(?:am)?(\d{1,18})(?=[_\-s.])', re.I|re.ASCII)
 
 def name_cameras(
     items:ReidSet # Pictures in files
@@ -171,7 +172,7 @@ def number_alike(
         if s.pids is None: return []
         if s.camids is not None: return [str(p) for p in s.pids]
         first = [Path(p).relative_to(s.name).parts[0] for p in s.images]
-        return [str(int(n)) if n.isdigit() else n for n in first]
+        return [str(int(n)) if n.isascii() and n.isdigit() else n for n in first]
     known = {n:i for i,n in enumerate(sorted({n for s in items for n in names(s)}))}
     return [s if s.pids is None else
             replace(s, pids=np.array([known[n] for n in names(s)])) for s in items]

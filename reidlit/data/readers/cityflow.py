@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import DataError,Dropped,read_text,write_atomic
+from ...core import DataError,Dropped,write_atomic
+from ...files import as_number,read_json,read_lines
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
-from .mot import read_mot
-from .wildtrack import FrameSet,clip_box,read_json
+from .mot import once_a_frame,read_mot
+from .wildtrack import FrameSet,clip_box
 from ..writers import writing
 from ...films import Film,even_step,write_film
 from ...geometry import Camera
@@ -31,20 +32,18 @@ def read_calibration(
     path # CityFlow's `calibration.txt`
 )->SimpleNamespace: # `H (3,3)`, and `K (3,3)`, `dist (4,)` or `None`
     "GPS to undistorted pixels, and the lens; `DataError` names what is wrong."
-    lines = read_text(path).splitlines()
     found = SimpleNamespace(H=None, K=None, dist=None)
-    for i,line in enumerate(lines, 1):
+    def one(line):
         key,_,text = line.rpartition(':')
-        key = key.strip().lower() or ('homography matrix' if i==1 else '')
-        k,n = CALIBRATION_LINES.get(key, (None, 0))
-        if not k: continue
-        try: x = np.array(re.split(r'[;,\s]+', text.strip()), float)
-        except ValueError as e:
-            raise DataError(path, f'line {i}: {e}') from None
-        if len(x)!=n or not np.isfinite(x).all():
-            problem = f'line {i} has {len(x)} numbers'
-            raise DataError(path, problem, f'{n} finite')
+        key = key.strip().lower() or 'homography matrix'
+        if key.endswith(' error'): return
+        if key not in CALIBRATION_LINES: raise ValueError('another line')
+        k,n = CALIBRATION_LINES[key]
+        if getattr(found, k) is not None: raise ValueError('a second one')
+        x = np.array([as_number(o) for o in re.split(r'[;,\s]+', text.strip())])
+        if len(x)!=n: raise ValueError(f'{len(x)} numbers, expected {n}')
         setattr(found, k, x.reshape(3, 3) if n==9 else x)
+    read_lines(path, one, 'Homography matrix: 9 numbers, etc.')
     if found.H is None or np.linalg.matrix_rank(found.H)<3:
         raise DataError(path, 'no usable homography', 'Homography matrix: ...')
     return found
@@ -117,13 +116,12 @@ def read_clocks(
     path # Lines `c001 1.64`: camera, seconds
 )->dict: # `{camera: seconds}`
     "When each film begins; `DataError` names the line that is wrong."
-    lines = read_text(path, 'lines like c001 0').splitlines()
+    def one(line):
+        name,s = line.split()
+        if name in found: raise ValueError(f'{name} is there twice')
+        found[name] = as_number(s)
     found = {}
-    for i,line in enumerate(lines, 1):
-        try:
-            if line.strip(): name,s = line.split(); found[name] = float(s)
-        except ValueError:
-            raise DataError(path, f'line {i} is {line!r}', 'c001 1.6') from None
+    read_lines(path, one, 'c001 1.6')
     return found
 
 def moments(
@@ -205,7 +203,7 @@ def _geometry(folders, sizes, origin, guess):
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #ef21bfb4
 def _labels(folder, shots, clip, size, dropped):
     "A camera's boxes: number of the picture, box, pid, cut."
-    m = read_mot(folder/'gt'/'gt.txt', first=0)
+    m = once_a_frame(read_mot(f := folder/'gt'/'gt.txt', first=0), f)
     for k,pid,box,score in zip(m.frames.tolist(), m.pids.tolist(),
                                m.xyxy.tolist(), m.scores):
         label = f'vehicle {pid}, {folder.name}, frame {k}'
@@ -241,7 +239,8 @@ def _scenario(root, scenario):
 def _clocks(root, here, cams, sync):
     "`(start, rate)` of each camera, and a written world's origin or `None`."
     f,note = root/'cam_timestamp'/f'{here.name}.txt',root/'reidlit.json'
-    about = read_json(note) if note.exists() else {}
+    form = {'rate?':float, 'origin?':(float, float)}
+    about = read_json(note, form) if note.exists() else {}
     found = read_clocks(f) if sync else {}
     if sync and (no := [c.name for c in cams if c.name not in found]):
         raise DataError(f, f'no clock of {", ".join(no)}', 'or sync=False')
@@ -276,7 +275,7 @@ def cityflow(
     s = RoadSet([shots[k] for k in keys], camids, frames, [row[k] for k in at],
                 xyxy, pids, None, cut, cams, f'cityflow {scenario}', d, Hs,
                 tuple(f.name for f in folders), tuple(c[0] for c in clocks),
-                tuple(origin))
+                tuple(origin), unnamed=np.array(pids, int)<0)
     s = finish(s, here, 'c001/vdo.avi and its gt/gt.txt', verify)
     times = np.unique(s.frames)
     late = np.isin(s.frames, times[int(len(times)*train_share):])

@@ -12,54 +12,46 @@ import numpy as np
 from PIL import Image
 from ...core import DataError,Dropped,write_atomic
 from .market import check_layout,finish
-from .wildtrack import FrameSet,clip_box,read_json
+from .wildtrack import FrameSet,clip_box
 from ..writers import writing
+from ...files import read_json
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #96ea7ba0
-def _ids(rows, path, kind):
-    "`{id: row}` of one list; `DataError` if an id is absent or twice there."
-    try: found = {int(o['id']):o for o in rows}
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(path, f'{kind}: {type(e).__name__} {e}') from None
-    if len(found)<len(rows): raise DataError(path, f'{kind}: an id comes twice')
+_COCO = dict(images=[dict(id=int, file_name=str, width=int, height=int)],
+    annotations=[{'id':int, 'image_id':int, 'category_id':int,
+                  'bbox':(float,)*4, 'iscrowd?':{0, 1}}],
+    categories=[dict(id=int, name=str)])
+
+def _once(rows, key, path, kind):
+    "`{value: row}` of one list; `DataError` if a value is twice there."
+    found = {}
+    for o in rows:
+        if found.setdefault(o[key], o) is not o:
+            raise DataError(path, f'{kind}: {key} {o[key]!r} comes twice')
     return found
+
+def _lists(path):
+    "Images, annotations and categories of a file, `{id: entry}` each."
+    about = read_json(path, _COCO)
+    _once(about['images'], 'file_name', path, 'images')
+    return [_once(about[k], 'id', path, k) for k in _COCO]
 
 def _chosen(categories, names, path):
     "Numbers of the categories with these names."
     names = [names] if isinstance(names, str) else list(names)
-    known = {o.get('name'):k for k,o in categories.items()}
+    if not names: raise ValueError(f'category={names}: expected one or more names')
+    known = _once(categories.values(), 'name', path, 'categories')
     if bad := [n for n in names if n not in known]:
         problem = f'no category {bad[0]!r}'
         raise DataError(path, problem, f'one of {list(known)}')
-    return {known[n] for n in names}
-
-def _corners(o, path):
-    "x1, y1, x2, y2 of an annotation."
-    try:
-        x,y,w,h = map(float, o['bbox'])
-        if not np.isfinite([x, y, w, h]).all(): raise ValueError('not finite')
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(path, f'annotation {o["id"]}: {type(e).__name__} {e}',
-                        'bbox: [x, y, width, height]') from None
-    return [x, y, x+w, y+h]
+    return {known[n]['id'] for n in names}
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #818b9712
-def _lists(path):
-    "Images, annotations and categories of a file, `{id: entry}` each."
-    about,keys = read_json(path),('images', 'annotations', 'categories')
-    lists = [about.get(k) if isinstance(about, dict) else None for k in keys]
-    if not all(isinstance(o, list) for o in lists):
-        raise DataError(path, "not in COCO's form", f'lists {", ".join(keys)}')
-    return [_ids(o, path, k) for o,k in zip(lists, keys)]
-
 def _present(images, root, path, dropped):
     "`{id: (path, (W,H))}` of the pictures that are there, sorted."
     found = {}
     for i,o in sorted(images.items()):
-        try: file,size = root/o['file_name'],(int(o['width']), int(o['height']))
-        except (KeyError, TypeError, ValueError) as e:
-            raise DataError(path, f'image {i}: {type(e).__name__} {e}',
-                            'file_name, width, height') from None
+        file,size = root/o['file_name'],(int(o['width']), int(o['height']))
         if file.exists(): found[i] = file,size
         else: dropped.add('picture without a file', file.name)
     return found
@@ -80,12 +72,14 @@ def coco(
     kept = _present(pictures, root, path, d)
     boxes,other = [],'single one' if crowd else 'crowd'
     for k,o in notes.items():
-        i,label = o.get('image_id'), f'annotation {k}'
-        if o.get('category_id') not in chosen: continue
+        i,label = o['image_id'],f'annotation {k}'
+        if o['category_id'] not in kinds: d.add('box of an unknown category', label)
+        if o['category_id'] not in chosen: continue
         if i not in kept: d.add('box without a picture', label)
         elif bool(o.get('iscrowd'))!=crowd: d.add(other, label)
         else:
-            whole = _corners(o, path)
+            x,y,w,h = o['bbox']
+            whole = [x, y, x+w, y+h]
             box = clip_box(whole, kept[i][1], d, label) if clip else whole
             if box: boxes.append((i, box, box!=whole))
     if not empty: kept = {i:kept[i] for i in sorted({b[0] for b in boxes})}
@@ -95,7 +89,7 @@ def coco(
     s = FrameSet([f for f,_ in kept.values()], None, list(kept),
                  [row[i] for i in at], xyxy, None, cut=cut, name=path.stem,
                  dropped=d)
-    return finish(s, root, f'the images of {path.name}', verify)
+    return finish(s, path, f'pictures that are in {root}', verify)
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #37a77b68
 def _save_picture(s, i, folder, number):

@@ -10,32 +10,30 @@ import json
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ...core import DataError,Dropped,read_text,write_atomic
+from ...core import DataError,Dropped,write_atomic
+from ...files import parse_json,read_lines
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import save_picture,writing
 
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #671296a5
-def _odgt(path):
+def _odgt(path, box):
     "The pictures' entries `(ID, boxes)`, line by line."
-    for k,line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip(): continue
-        try: o = json.loads(line); yield str(o['ID']), list(o['gtboxes'])
-        except (ValueError, KeyError, TypeError) as e:
-            raise DataError(path, f'line {k}: {type(e).__name__} {e}',
-                            'ID and gtboxes') from None
+    form = dict(ID=str, gtboxes=[{'tag':{'person', 'mask'}, box:(float,)*4,
+                                  'extra?':{'ignore?':{0, 1}}}])
+    def one(line):
+        try: o = parse_json(line, path, form)
+        except DataError as e: raise ValueError(str(e)) from None
+        if o['ID'] in seen: raise ValueError(f'{o["ID"]} is there twice')
+        seen.add(o['ID'])
+        return o['ID'],o['gtboxes']
+    seen = set()
+    return read_lines(path, one, 'ID and gtboxes')
 
-def _gtbox(o, key, path, name):
+def _gtbox(o, key):
     "x1, y1, x2, y2 of a box, and whether it is ignored."
-    try:
-        x,y,w,h = map(float, o[key])
-        if not np.isfinite([x, y, w, h]).all(): raise ValueError('not finite')
-        if o['tag'] not in ('person', 'mask'): raise ValueError(o['tag'])
-        ignored = o['tag']=='mask' or bool(o.get('extra', {}).get('ignore'))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(path, f'{name}: {type(e).__name__} {e}',
-                        f'tag and {key}: [x, y, width, height]') from None
-    return [x, y, x+w, y+h],ignored
+    x,y,w,h = o[key]
+    return [x, y, x+w, y+h],o['tag']=='mask' or bool(o.get('extra', {}).get('ignore'))
 
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #62595ff2
 def crowdhuman(
@@ -52,14 +50,14 @@ def crowdhuman(
     name = f'annotation_{part}.odgt'
     root = check_layout(root, ('Images', name), f'folder Images and {name}')
     kept,rows,d = [],[],Dropped()
-    for f,boxes in _odgt(root/name):
+    for f,boxes in _odgt(root/name, box):
         path = root/'Images'/f'{f}.jpg'
         try:
             with Image.open(path) as im: size = im.size
         except FileNotFoundError: d.add('picture without a file', f); continue
         except (OSError, SyntaxError): d.add('unreadable picture', f); continue
         for o in boxes:
-            whole,off = _gtbox(o, box, root/name, f)
+            whole,off = _gtbox(o, box)
             if off!=ignored:
                 d.add('ignored box' if off else 'person', f); continue
             cut = clip_box(whole, size, d, f) if clip else whole
@@ -68,7 +66,7 @@ def crowdhuman(
     at,xyxy,cut = zip(*rows) if rows else ((),)*3
     s = FrameSet(kept, None, None, at, xyxy, None, cut=cut, dropped=d,
                  name=f'crowdhuman {part}')
-    return finish(s, root, 'Images/273271,c9db000d5146c15.jpg', verify)
+    return finish(s, root/name, 'pictures as Images/273271,c9db000d5146c15.jpg', verify)
 
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #cb1b5fa1
 def write_crowdhuman(

@@ -14,8 +14,9 @@ from PIL import Image
 from ...core import DataError,Dropped,ReidSet,naming,write_atomic
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
+from .mars import load_mat
 from .viper import as_splits,trial_mask
-from .wildtrack import read_json
+from ...files import as_wholes,read_json
 
 # %% ../../../nbs/04e_data.readers.cuhk03.ipynb #b5ca8b17
 @contextmanager
@@ -56,7 +57,8 @@ def _read_tests(path):
     "The test people of each classic split: arrays `(n,2)`, pair and person."
     with _mat73(path) as mat:
         refs = mat['testsets'][()].ravel()
-        return [mat[r][()].T.astype(int).reshape(-1, 2) for r in refs]
+        return [as_wholes(mat[r][()].T, 'testsets', 1).reshape(-1, 2)
+                for r in refs]
 
 def extract_cuhk03(
     root, # Holds `cuhk-03.mat`, or `cuhk03_release` with it
@@ -83,12 +85,16 @@ def extract_cuhk03(
 def _classic(s, root, folder, split):
     "Rows of a classic split: listed people test, all others train."
     note,path = folder/'reidlit.json',_cuhk03_mat(root)
-    tests = read_json(note).get('testsets') if note.exists() else None
+    form = {'testsets?':[[(int, int)]]} # absent in older notes
+    tests = read_json(note, form).get('testsets') if note.exists() else None
     if tests: path = note
-    tests = [np.reshape(t, (-1, 2)) for t in tests or _read_tests(path)]
+    tests = [np.reshape(t, (-1, 2)).astype(int)
+             for t in tests or _read_tests(path)]
     if not 0<=split<len(tests):
         raise ValueError(f'split={split}: expected 0 to {len(tests)-1}')
     who = tests[split]@[1000, 1]
+    if len(set(who))<len(who): raise DataError(path, f'tests {len(who)-len(set(who))}'
+        f' people twice in split {split}', 'each once')
     if (lost := np.setdiff1d(who, s.pids)).size:
         pair,person = divmod(int(lost[0]), 1000)
         raise DataError(path, f'tests person {person} of camera pair {pair}, '
@@ -103,13 +109,11 @@ LISTS = ('filelist', 'labels', 'camId',
 
 def _lists(path):
     "The new protocol's six lists, rows from 0; `DataError` if one is wrong."
-    from scipy.io import loadmat
-    if not path.is_file(): raise DataError(path, 'no such file')
+    mat = load_mat(path)
     try:
-        mat = loadmat(path)
         names = [str(o[0]) for o in mat['filelist'].ravel()]
-        pids,cams,*rows = (mat[k].ravel().astype(int)-1 for k in LISTS[1:])
-    except Exception as e: # scipy raises many kinds for a broken file
+        pids,cams,*rows = (as_wholes(mat[k].ravel(), k)-1 for k in LISTS[1:])
+    except Exception as e: # a list may be absent, or of another kind
         raise DataError(path, f'not readable ({type(e).__name__}: {e})',
                         'MATLAB variables '+', '.join(LISTS)) from None
     for k,x in (('labels', pids), ('camId', cams)):
@@ -119,7 +123,18 @@ def _lists(path):
     for k,x,n in [('camId', cams, 2), *limits]:
         if (bad := x[(x<0)|(x>=n)]).size:
             raise DataError(path, f'{k} holds {bad[0]+1}', f'1 to {n}')
+    for k,x in (('filelist', names), *((k, i.tolist()) for k,i,_ in limits)):
+        if len(x)>len(set(x)): raise DataError(path, f'{k} names a picture twice')
     return names, pids, cams, rows
+
+def _check_protocol(path, who, train, query, gallery):
+    "`DataError` if a picture is in two parts, or somebody trains and tests."
+    for k,rows in (('query_idx', query), ('gallery_idx', gallery)):
+        if n := len(np.intersect1d(train, rows)): raise DataError(
+            path, f'{n} pictures are in train_idx and {k}', 'other pictures')
+    if len(both := np.intersect1d(who[train], who[np.r_[query, gallery]])):
+        raise DataError(path, f'{len(both)} people are to train and to test, the '
+                        f'first is {both[0]}', 'other people to train')
 
 def _new(s, root, folder):
     "Rows of the new protocol's parts; its cameras are written into the table."
@@ -133,6 +148,7 @@ def _new(s, root, folder):
     n = len(set(zip(pids.tolist(), s.pids[row].tolist())))
     if not n==len(set(pids))==len(set(s.pids[row])):
         raise DataError(path, 'labels and file names disagree on who is who')
+    _check_protocol(path, s.pids[row], *rows)
     for i in np.delete(np.arange(len(s)), row):
         s.dropped.add('not in the protocol', s.images[i].name)
     s.camids[row] = cams
@@ -140,7 +156,7 @@ def _new(s, root, folder):
 
 # %% ../../../nbs/04e_data.readers.cuhk03.ipynb #8cf0e20d
 CUHK03 = re.compile(r'(?P<pair>\d)_(?P<person>\d{3})_(?P<view>[12])_'
-                    r'(?P<cell>\d{2})\.png')
+                    r'(?P<cell>\d{2})\.png', re.ASCII)
 
 def cuhk03(
     root, # Holds `cuhk-03.mat`, or its pictures in `images_labeled` etc.

@@ -6,18 +6,33 @@
 __all__ = ['MARS', 'MARS_DIRS', 'MARS_INFO', 'mars_rows', 'load_mat', 'read_mat', 'mars']
 
 # %% ../../../nbs/04a_data.readers.mars.ipynb #656412a9
-import re
+import io,re,warnings
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ...core import DataError,Dropped,ReidSet,read_text
-from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
-    read_names)
+from ...core import DataError,Dropped,ReidSet,read_bytes
+from ...files import as_wholes,read_lines
+from .market import (Splits,check_layout,finish,
+    list_images,read_names,report_overlap)
 
 # %% ../../../nbs/04a_data.readers.mars.ipynb #0a500e67
-MARS = re.compile(r'(?P<pid>\d{4}|00-1)C(?P<cam>\d)T(?P<tid>\d+)'
-                  r'F(?P<frame>\d+)\.jpg')
+MARS = re.compile(r'(?P<pid>\d{4}|00-1)C(?P<cam>[1-9])T(?P<tid>\d{1,18})'
+                  r'F(?P<frame>\d{1,18})\.jpg', re.ASCII)
 
+def _check_tracks(names, row, tid, pid, cam, where):
+    "`DataError` at the first line that is twice, or not of its tracklet."
+    once = len(row)==len(set(row)) and len(names)==len(set(names))
+    if not once: raise DataError(where, 'a picture is in two lines or tracklets',
+                                 'each once')
+    said = [f"{'00-1' if p<0 else f'{p:04d}'}C{c}" for p,c in zip(pid, cam)]
+    tags,first = [o.partition('F')[0] for o in names],{}
+    for i,t in zip(row.tolist(), tid.tolist()):
+        tag = tags[i]
+        if tag[:6]==said[t] and first.setdefault(t, tag)==tag: continue
+        raise DataError(where, f'{names[i]} is in tracklet {t+1} of person '
+            f'{pid[t]}, camera {cam[t]}', 'one person and camera')
+
+# %% ../../../nbs/04a_data.readers.mars.ipynb #8e01a741
 def mars_rows(
     names, # The lines of `train_name.txt` or `test_name.txt`
     tracks, # `(T,4)`: first line, last line, pid, camera, from 1
@@ -26,23 +41,20 @@ def mars_rows(
     dropped:Dropped|None=None # What was left out before
 )->ReidSet: # One row a picture, with `tids`
     "Tracklets out of MARS's tables; `DataError` if table and names disagree."
-    names,d = np.asarray(names, str),Dropped()
+    names,d = [str(o) for o in names],Dropped()
     first,last,pid,cam = np.asarray(tracks, np.int64).reshape(-1, 4).T
     if len(first) and not (1<=first.min() and last.max()<=len(names)
                            and (first<=last).all()):
         raise DataError(name, f'a tracklet leaves lines 1 to {len(names)}')
     tid = np.repeat(np.arange(len(first)), last-first+1)
     row = np.concatenate([tid[:0], *map(np.arange, first-1, last)])
-    kept,c = read_names(names[row], MARS, d)
+    kept,c = read_names([names[i] for i in row], MARS, d)
     if d: raise DataError(name, str(d), 'names like 0001C1T0001F001.jpg')
-    who = np.array([o[:6] for o in names])
-    if len(bad := np.flatnonzero(who[row]!=who[first[tid]-1])):
-        t = tid[bad[0]]
-        raise DataError(name, f'{kept[bad[0]]} is in tracklet {t+1} of person '
-                        f'{pid[t]}, camera {cam[t]}', 'one person and camera')
+    _check_tracks(names, row, tid, pid, cam, name)
     d = d if dropped is None else dropped
-    for o in np.delete(names, row): d.add('in no tracklet', o)
-    pid,cam,homes = pid[tid],cam[tid],{o[:4]:folder/o[:4] for o in set(who)}
+    for i in np.delete(np.arange(len(names)), row):
+        d.add('in no tracklet', names[i])
+    pid,cam,homes = pid[tid],cam[tid],{o[:4]:folder/o[:4] for o in kept}
     return ReidSet([homes[o[:4]]/o for o in kept], pid, cam-1, tid,
                    c['frame'], pid==-1, pid==0, name, d)
 
@@ -52,34 +64,47 @@ def load_mat(
 )->dict: # Its variables by name, as scipy reads them
     "What a MATLAB file holds; `DataError` if it is missing or broken."
     from scipy.io import loadmat
-    if not Path(path).is_file(): raise DataError(path, 'no such file')
-    try: mat = loadmat(path)
+    data = read_bytes(path)
+    try:
+        with warnings.catch_warnings(): # a variable that is there twice
+            warnings.simplefilter('error')
+            mat = loadmat(io.BytesIO(data))
     except Exception as e: # scipy raises many kinds for a broken file
         raise DataError(path, f'not a readable .mat file ({e})') from None
     return {k:v for k,v in mat.items() if not k.startswith('__')}
 
 def read_mat(
     path, # A `.mat` file
-    columns:int|None=None # Of its one array; `None` wants a row or column
+    columns:int|None=None, # Of its one array; `None` wants a row or column
+    least:int=-2**63 # No number may be below
 )->np.ndarray: # `(N,columns)` or `(N,)` int64
     "The one array of a MATLAB file; `DataError` if it is not that."
     mat = load_mat(path)
     x = np.asarray(next(iter(mat.values()), ''))
     good = len(mat)==1 and x.dtype.kind in 'iuf'
-    if not good or columns and x.shape[1:]!=(columns,):
+    if not good or columns and x.shape[1:]!=(columns,) \
+            or not columns and x.ndim==2 and 1 not in x.shape:
         found = {k:np.shape(v) for k,v in mat.items()}
         raise DataError(path, f'holds {found}', f'one array (N,{columns or 1})')
-    return x.astype(np.int64).reshape((-1, columns) if columns else -1)
+    try: x = as_wholes(x, next(iter(mat)), least)
+    except ValueError as e: raise DataError(path, str(e)) from None
+    return x.reshape((-1, columns) if columns else -1)
 
 # %% ../../../nbs/04a_data.readers.mars.ipynb #b0cee617
 MARS_DIRS = ('bbox_train', 'bbox_test')
 MARS_INFO = ('train_name.txt', 'tracks_train_info.mat',
              'test_name.txt', 'tracks_test_info.mat', 'query_IDX.mat')
 
+def _one_name(line):
+    if MARS.fullmatch(line): return line
+    raise ValueError
+
 def _mars_lines(root, k, info, dropped):
     "Names and tracklets of one part, from `info` or from the names alone."
-    if info: return (read_text(root/'info'/f'{k}_name.txt').split(),
-                     read_mat(root/'info'/f'tracks_{k}_info.mat', 4))
+    if info: # a line that is empty would shift all after it
+        return (read_lines(root/'info'/f'{k}_name.txt', _one_name,
+                           '0001C1T0001F001.jpg', blank=False),
+                read_mat(root/'info'/f'tracks_{k}_info.mat', 4, -1))
     paths = list_images(root/f'bbox_{k}', dropped, deep=True)
     names,c = read_names(sorted(p.name for p in paths), MARS, dropped)
     key = np.array([o.split('F')[0] for o in names])
@@ -92,6 +117,8 @@ def _asked(root, n):
     "The query tracklets' rows in the test table of `n`."
     f = root/'info'/'query_IDX.mat'
     rows = read_mat(f)-1
+    if not len(rows): raise DataError(f, 'asks for nobody')
+    if len(set(rows.tolist()))<len(rows): raise DataError(f, 'asks twice')
     if (bad := rows[(rows<0)|(rows>=n)]).size:
         raise DataError(f, f'asks for tracklet {bad[0]+1}', f'1 to {n}')
     return rows
@@ -113,9 +140,9 @@ def mars(
         names,tracks = _mars_lines(root, k, info, d)
         s = mars_rows(names, tracks, root/f'bbox_{k}', f'mars {name}', d)
         parts[name] = finish(s, root, 'names like 0001C1T0001F001.jpg', verify)
-    if not info: return Splits('mars', **parts)
+    if not info: return report_overlap(Splits('mars', **parts))
     test = parts.pop('gallery')
     q = np.isin(test.tids, _asked(root, len(tracks)))
     parts['query'] = replace(test[q], name='mars query', dropped=Dropped())
     parts['gallery'] = test if gallery_includes_query else test[~q]
-    return Splits('mars', **parts)
+    return report_overlap(Splits('mars', **parts))

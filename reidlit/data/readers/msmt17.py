@@ -10,7 +10,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ...core import DataError,Dropped,ReidSet,read_text
+from ...core import DataError,Dropped,ReidSet
+from ...files import as_whole,read_lines
 from .market import Splits,check_layout,finish,list_images
 
 # %% ../../../nbs/04c_data.readers.msmt17.ipynb #3e5a3f3b
@@ -18,21 +19,22 @@ def read_list(
     path # A text file with lines `NAME NUMBER`
 )->tuple: # Names, a list, and numbers `(N,)` int64, in the file's order
     "What a list says; `DataError` names the line that is wrong."
-    lines = read_text(path).rstrip().splitlines()
-    names,numbers = [],[]
-    for i,line in enumerate(lines, 1):
-        name,_,number = line.rstrip().rpartition(' ')
-        if not (name and number.isdecimal() and number.isascii()):
-            raise DataError(path, f'line {i} is {line!r}',
-                            'a picture, a space and a number')
-        names.append(name); numbers.append(int(number))
-    return names, np.array(numbers, np.int64)
+    def one(line):
+        name,_,number = line.rpartition(' ')
+        if not name.strip(): raise ValueError
+        return name,as_whole(number, least=0)
+    rows = read_lines(path, one, 'a picture, a space and a number', blank=False)
+    names,first = [name for name,_ in rows],{}
+    for i,name in enumerate(names, 1):
+        if first.setdefault(name, i)!=i: raise DataError(path,
+            f'lines {first[name]} and {i} both name {name}', 'each picture once')
+    return names, np.array([number for _,number in rows], np.int64)
 
 # %% ../../../nbs/04c_data.readers.msmt17.ipynb #b7b1a33a
 DAYTIMES = ('morning', 'noon', 'afternoon')
 MSMT17 = re.compile(r'(?P<folder>\d+)/(?P<pid>\d+)_\d+_(?P<cam>0[1-9]|1[0-5])_'
                     r'(?P<day>\d{4})(?P<time>morning|noon|afternoon)_'
-                    r'(?P<frame>\d{1,6})_\d+(_ex)?\.jpg')
+                    r'(?P<frame>\d{1,6})_\d+(_ex)?\.jpg', re.ASCII)
 
 def msmt17_rows(
     path, # A list, for example `list_train.txt`
@@ -104,6 +106,8 @@ def msmt17(
             parts[k] = msmt17_rows(path, home/folder, name)
             if not verify: _check_there(parts[k], path, there)
         listed = {p for k in two for p in parts[k].images}
+        if len(listed)<sum(len(parts[k]) for k in two): raise DataError(
+            path, f'names a picture of list_{two[0]}.txt', 'each in one list')
         for p in sorted(there-listed): d.add('in no list', p.name)
         parts[two[0]].dropped = d
     val = parts.pop('val')

@@ -10,8 +10,8 @@ from dataclasses import dataclass,field,replace
 import numpy as np
 from fastcore.basics import patch
 from ...core import DataError,Dropped,as_boxes,check_shapes
-from .market import check_layout
-from .wildtrack import read_json
+from .market import check_layout,check_pixels
+from ...files import read_json
 from ...films import Film
 from ...geometry import Camera
 
@@ -89,19 +89,20 @@ def read_boxes(
     path # JSON with `bboxes` and `scores`, a list for each moment
 )->list: # `(xyxy (N,4), scores (N,))` float32 for each moment
     "A detector's boxes; `DataError` names the moment that is wrong."
-    found,k = read_json(path),0
-    def one(b, s):
-        nonlocal k; k += 1
-        b,s = as_boxes(b).astype(np.float32),np.array(s, np.float32)
-        check_shapes(bboxes=(b, 'N 4'), scores=(s, 'N'))
-        if not np.isfinite(s).all(): raise ValueError('a score is not finite')
+    found = read_json(path, dict(bboxes=[[(float,)*4]], scores=[[float]]))
+    boxes,scores = found['bboxes'],found['scores']
+    if len(boxes)!=len(scores): raise DataError(path,
+        f'{len(boxes)} moments with boxes, {len(scores)} with scores')
+    def one(k, b, s):
+        try:
+            b,s = as_boxes(b).astype(np.float32),np.array(s, np.float32)
+            check_shapes(bboxes=(b, 'N 4'), scores=(s, 'N'))
+        except ValueError as e:
+            raise DataError(path, f'moment {k}: {e}') from None
         return b,s
-    try: return [one(*o) for o in zip(found['bboxes'], found['scores'],
-                                      strict=True)]
-    except (KeyError, TypeError, ValueError) as e:
-        at = f'moment {k}: '*bool(k)
-        raise DataError(path, f'{at}{type(e).__name__} {e}',
-                        'bboxes and scores of each moment') from None
+    out = [one(k, *o) for k,o in enumerate(zip(boxes, scores), 1)]
+    if out: check_pixels(np.concatenate([b for b,_ in out]), path)
+    return out
 
 # %% ../../../nbs/05d_data.readers.pets2009.ipynb #18f36629
 def _view(root, name, about):
@@ -111,9 +112,8 @@ def _view(root, name, about):
     size = (768 if name<'View_005' else 720, 576) if film is None else film.size
     try: cam = Camera(about['K'], about['R'], np.array(about['t'], float)/1000,
                       about.get('size', size), about.get('dist'))
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(root/'calibration.json', f'{name}: {type(e).__name__} '
-                        f'{e}', 'K, dist, R and t') from None
+    except ValueError as e:
+        raise DataError(root/'calibration.json', f'{name}: {e}') from None
     return cam, read_boxes(root/'detections'/f'{name}.json'), film
 
 def pets2009(
@@ -122,8 +122,10 @@ def pets2009(
     "PETS 2009 S2.L1's views; `DataError` names what is missing or broken."
     root = check_layout(root, ['calibration.json', 'detections'],
                         'calibration.json, detections/View_001.json etc.')
-    views = read_json(root/'calibration.json')
-    if not isinstance(views, dict) or not views:
+    form = {'K':((float,)*3,)*3, 'R':((float,)*3,)*3, 't':(float,)*3,
+            'dist?':[float], 'size?':(int, int)}
+    views = read_json(root/'calibration.json', {str:form})
+    if not views:
         raise DataError(root/'calibration.json', 'no views', 'View_001 etc.')
     cams,boxes,films = zip(*(_view(root, n, views[n]) for n in sorted(views)))
     if len(set(map(len, boxes)))>1: raise DataError(root/'detections',

@@ -15,7 +15,7 @@ from .market import (Splits,check_layout,
     list_images,read_names,readable)
 from .mars import read_mat
 from .viper import as_splits,trial_mask
-from .wildtrack import read_json
+from ...files import read_json
 from ..writers import mat_bytes,save_picture,writing
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #240bca63
@@ -37,7 +37,8 @@ def _in_both(s, least, where, shared=np.inf):
                     f'camera (dropped {s.dropped})', '2 or more, for halves')
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #e2b61aba
-PRID = re.compile(r'cam_[ab]/person_(?P<pid>\d{4})/(?P<frame>\d{4})\.png')
+PRID = re.compile(r'cam_[ab]/person_(?P<pid>\d{4})/(?P<frame>\d{4})\.png',
+                  re.ASCII)
 
 def _films(root, dirs, pattern, name, example, verify):
     "A row a picture of two cameras' folders, a tracklet a person and camera."
@@ -65,11 +66,9 @@ def _shared(folder):
     "Up to which number both cameras count alike: 200, or as a writer noted."
     f = folder/'reidlit.json'
     if not f.exists(): return 200
-    about = read_json(f)
-    try: return int(about['shared'])
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f, f'no usable number ({type(e).__name__} {e})',
-                        'shared, as write_prid2011 notes it') from None
+    try: return int(read_json(f, dict(shared=int))['shared'])
+    except DataError as e: raise DataError(f, f'no usable number ({e.problem})',
+        'shared, as write_prid2011 notes it') from None
 
 def _halves(s, train, root, example):
     "The rows of `train`; camera 0 asks about the others, camera 1 answers."
@@ -110,7 +109,7 @@ def _orders(path, n):
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #30d64789
 ILIDS = re.compile(r'cam(?P<cam>[12])/person(?P<pid>\d{3})/'
-                   r'cam(?P=cam)_person(?P=pid)_(?P<frame>\d{5})\.png')
+                   r'cam(?P=cam)_person(?P=pid)_(?P<frame>\d{5})\.png', re.ASCII)
 ILIDS_DIRS = ('i-LIDS-VID/sequences',
               'train-test people splits/train_test_splits_ilidsvid.mat')
 

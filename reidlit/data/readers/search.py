@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import (DataError,Dropped,check_shapes,read_text,rng_for,
+from ...core import (DataError,Dropped,check_shapes,rng_for,
     write_atomic)
+from ...files import as_number,as_whole,as_wholes,read_lines
 from .market import check_layout,finish,read_names
 from .mars import load_mat
 from .wildtrack import FrameSet,clip_box
@@ -106,7 +107,8 @@ def as_search(
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #6ec8d9ff
 UNNAMED = -2 # The number of people without a name, as in PRW's files
-PRW = re.compile(r'c(?P<cam>\d+)s(?P<seq>\d+)_(?P<frame>\d{6})\.jpg')
+PRW = re.compile(r'c(?P<cam>[1-9]\d*)s(?P<seq>[1-9]\d*)_(?P<frame>\d{6})\.jpg',
+                 re.ASCII)
 
 def _shapes(mat): return {k:np.shape(v) for k,v in mat.items()}
 
@@ -159,20 +161,24 @@ def _asked(test, asked, dropped):
     return replace(test, row=at, xyxy=xyxy, pids=pids, cut=cut, unnamed=None,
         name=test.name.replace('test', 'queries'), dropped=dropped), list(left)
 
+def _prw_query(line):
+    "A line as `(file name, xyxy, pid)`."
+    pid,*box,name = line.split()
+    x,y,w,h = map(as_number, box)
+    return f'{name}.jpg',[x, y, x+w, y+h],as_whole(pid, 'person', 1)
+
 def _prw_queries(path):
     "The lines of `query_info.txt` as `[(file name, xyxy, pid)]`."
-    lines = read_text(path).splitlines()
-    found = []
-    for k,line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try:
-            pid,*box,name = line.split()
-            pid,(x,y,w,h) = int(pid),map(float, box)
-            if pid<1 or not np.isfinite([x, y, w, h]).all(): raise ValueError
-        except ValueError: raise DataError(path, f'line {k} is {line!r}',
-            '479 1010.9 232.7 109.8 373.6 c1s3_016471') from None
-        found.append((f'{name}.jpg', [x, y, x+w, y+h], pid))
-    return found
+    rows = read_lines(path, _prw_query, '479 1010.9 232.7 109.8 373.6 c1s3_016471')
+    return _asked_once([((f, pid), o) for o in rows for f,_,pid in [o]], path)
+
+def _asked_once(rows, path):
+    "What is asked, a key for each; `DataError` if something is asked twice."
+    first = {}
+    for k,(key,_) in enumerate(rows, 1):
+        if first.setdefault(key, k)!=k: raise DataError(path,
+            f'query {k} asks again what query {first[key]} asked, {key}')
+    return [o for _,o in rows]
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #3c498286
 def _texts(mat, key, path):
@@ -187,11 +193,14 @@ def _prw_part(root, part, verify):
     d,path = Dropped(),root/f'frame_{part}.mat'
     names = _texts(load_mat(path), f'img_index_{part}', path)
     names,_ = read_names([f'{n}.jpg' for n in names], PRW, d)
+    if len(set(names))<len(names): raise DataError(path, 'a frame is there twice')
     people = {}
     for f in names:
         note = root/'annotations'/f'{f}.mat'
-        if note.exists(): people[f] = _prw_boxes(note)
-        else: d.add('picture without annotation', f)
+        if not note.exists(): d.add('picture without annotation', f); continue
+        boxes = _prw_boxes(note)
+        people[f] = [o for i,o in enumerate(boxes) if o not in boxes[:i]]
+        for _ in boxes[len(people[f]):]: d.add('box that is there twice', f)
     s = _frames(root/'frames', people, f'prw {part}', d)
     _,c = read_names(s.images, PRW, Dropped())
     s = replace(s, camids=c['cam']-1, frames=(c['seq']-1)*1_000_000+c['frame'])
@@ -319,11 +328,12 @@ def _located(x, path, label):
     if not x.size: return None
     if x.dtype.kind not in 'iuf' or x.size!=4 or not np.isfinite(x).all():
         raise DataError(path, f'{label}: {x.tolist()}', 'x, y, width, height')
-    return tuple(int(v) for v in x)
+    try: return tuple(as_wholes(x, label).tolist())
+    except ValueError as e: raise DataError(path, str(e)) from None
 
 def _number(name, path):
     "The identity 7 of `p7`."
-    m = re.fullmatch(r'p(\d+)', text := _text(name))
+    m = re.fullmatch(r'p(\d{1,18})', text := _text(name), re.ASCII)
     if not m: raise DataError(path, f'a person is {text!r}', 'p1, p2, ...')
     return int(m[1])
 
@@ -338,7 +348,7 @@ def _cuhk_images(path):
     "`{picture: {box: -2}}`: all boxes, nobody named."
     out = {}
     for name,boxes in _fields(_variable(path, 'Img'), path, 'imname', 'box'):
-        f = _text(name)
+        if (f := _text(name)) in out: raise DataError(path, f'{f} is there twice')
         found = _fields(boxes, path, 'idlocate') if np.size(boxes) else ()
         out[f] = dict.fromkeys((_located(x, path, f) for x, in found), UNNAMED)
         out[f].pop(None, None)
@@ -347,7 +357,9 @@ def _cuhk_images(path):
 def _give_names(people, sightings, dropped):
     "Name boxes `[(picture, box, pid)]` in place."
     for f,box,pid in sightings:
-        if box in people.get(f, {}): people[f][box] = pid
+        if people.get(f, {}).get(box) not in (None, UNNAMED, pid):
+            dropped.add('second name of a box', f'{f}, person {pid}')
+        elif box in people.get(f, {}): people[f][box] = pid
         else: dropped.add('named box not in Images.mat', f'{f}, person {pid}')
 
 def _cuhk_train(path):
@@ -371,7 +383,7 @@ def _cuhk_tests(path, key):
         found = [(f := _text(n), _located(b, path, f))
                  for n,b in _fields(gallery, path, 'imname', 'idlocate')]
         out.append((_number(who, path), asked, found))
-    return out
+    return _asked_once([((q, pid), o) for o in out for pid,q,_ in [o]], path)
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #1c678150
 CUHK = ('Image/SSM', 'annotation/Images.mat', 'annotation/pool.mat',
@@ -398,7 +410,8 @@ def _test_path(lists, size):
     "The file of a gallery's size."
     path = lists/f'TestG{size}.mat'
     if path.exists(): return path
-    known = sorted(int(p.stem[5:]) for p in lists.glob('TestG[0-9]*.mat'))
+    known = sorted(int(p.stem[5:]) for p in lists.glob('TestG[0-9]*.mat')
+                   if p.stem[5:].isdecimal())
     raise DataError(path, 'no such file', f'a gallery of {known}')
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #01814575

@@ -49,7 +49,7 @@ def _trial(s, keys, ask, answer, where, example, verify):
     return as_splits(s, rows, where, example, verify)
 
 # %% ../../../nbs/04d_data.readers.viper.ipynb #1fa065ec
-VIPER = re.compile(r'(?P<pid>\d+)_(?P<angle>\d+)\.bmp')
+VIPER = re.compile(r'(?P<pid>\d+)_(?P<angle>\d+)\.bmp', re.ASCII)
 
 def viper(
     root, # Holds `cam_a` and `cam_b`
@@ -73,7 +73,7 @@ def viper(
 
 # %% ../../../nbs/04d_data.readers.viper.ipynb #6625e2fb
 WARD = re.compile(r'(.*/)?(?P<pid>\d{4})(?P<cam>\d{4})(?P<frame>\d{4,})'
-                  r'\.(png|jpg|bmp)')
+                  r'\.(png|jpg|bmp)', re.ASCII)
 
 def ward(
     root, # A folder of pictures, in subfolders or not
@@ -103,7 +103,8 @@ def ward(
                   f'names like {pattern.pattern}', verify)
 
 # %% ../../../nbs/04d_data.readers.viper.ipynb #9d2e6c10
-DUKE = re.compile(r'(?P<pid>\d{4})_c(?P<cam>\d)_f(?P<frame>\d+)\.jpg')
+DUKE = re.compile(r'(?P<pid>\d{4})_c(?P<cam>[1-9])_f(?P<frame>\d+)\.jpg',
+                  re.ASCII)
 
 def _duke_rows(paths, name, dropped):
     "A table from names like `0005_c2_f0046985.jpg`."
