@@ -8,7 +8,6 @@ __all__ = ['crowdhuman', 'write_crowdhuman']
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #22681e75
 import json
 from pathlib import Path
-import numpy as np
 from PIL import Image
 from ...core import DataError,Dropped,write_atomic
 from ...files import parse_json,read_lines

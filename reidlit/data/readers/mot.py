@@ -7,7 +7,6 @@ __all__ = ['MOT_LABELS', 'MOT_DISTRACTORS', 'MOT_DETECTORS', 'MotBoxes', 'read_m
            'read_sequence', 'mot_sequences', 'mot17', 'drawn_frame', 'join_boxes', 'write_mot17']
 
 # %% ../../../nbs/04i_data.readers.mot.ipynb #458ca0b0
-import re
 from configparser import ConfigParser,Error as IniError
 from dataclasses import dataclass,fields,replace
 from pathlib import Path
