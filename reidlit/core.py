@@ -228,6 +228,11 @@ def as_labels(
     check_shapes(**{name:(x, want)})
     if dtype==np.int64 and x.dtype.kind not in 'iu' and x.size:
         raise ValueError(f'{name}: {x.dtype}, expected whole numbers')
+    if x.dtype==np.uint64 and x.size and x.max()>np.iinfo(np.int64).max:
+        raise ValueError(f'{name}: {x.max()}, expected whole numbers of 64 bits')
+    if dtype is bool and x.size and (x.dtype.kind not in 'biuf' or
+                                     not np.isin(x, (0, 1)).all()):
+        raise ValueError(f'{name}: {x.dtype} {x[:3].tolist()} ..., expected flags')
     if least is not None and len(bad := np.flatnonzero(x<least)):
         raise ValueError(f'{name}: {x[bad[0]]} in row {bad[0]}, '
                          f'expected {least} or more')
@@ -244,6 +249,7 @@ def as_features(
     x = torch.as_tensor(x).to(device)
     if not grad: x = x.detach()
     check_shapes(**{name:(x, 'N D')})
+    if x.is_complex(): raise ValueError(f'{name}: {x.dtype}, expected real numbers')
     if x.dtype not in (torch.float32, torch.float64): x = x.float()
     if grad and x.is_cuda: return x # a training step does not wait for a check
     bad = (~x.isfinite().all(1)).nonzero()

@@ -268,8 +268,8 @@ class Task(NamedTuple):
     first:object # Takes settings and a device, gives the network before training
     score:object # Takes a network, the data and settings, gives `ReidScores` or so
 
-CROPS = Task(lambda data, root, people, cameras, s: open_data(
-    data, root, people, cameras, s['seed'], tuple(s['size'])),
+CROPS = Task(lambda data, root, people, cameras, s, **kw: open_data(
+    data, root, people, cameras, s['seed'], tuple(s['size']), **kw),
     lambda s, device: first_weights(s, device), # defined below
     lambda model, d, s: score_target(model, d, s['size']))
 

@@ -78,10 +78,12 @@ def evaluate(
     gallery:ReidSet, # What is searched
     size:tuple, # `(H,W)` of the network's input
     flip:bool=True, # As for `extract_features`
+    features=None, # Of query and gallery, if they are there; `None`: extracted
     **kwargs # For `reid_scores`: `ap=`, ...
 ): # What `reid_scores` returns
     "Retrieval scores of a model; flags and cameras come from the sets."
-    q,g = [extract_features(model, s, size, flip) for s in (query, gallery)]
+    q,g = features or [extract_features(model, s, size, flip)
+                       for s in (query, gallery)]
     kwargs.setdefault('device', next(model.parameters()).device)
     return reid_scores(q, g, query.pids, gallery.pids, query.camids,
                        gallery.camids, g_junk=gallery.junk,
@@ -113,7 +115,7 @@ class _SmoothLoss(AvgSmoothLoss):
             loss*(1-self.beta)
 
 class Retrieval(Callback):
-    "Scores after each epoch, and the history `[{train_loss, mAP, rank1}]`."
+    "Scores after each epoch, not mirrored; history `[{train_loss, mAP, rank1}]`."
     order = 51 # just after fastai's Recorder
     def __init__(self,
         every:int=1 # Epochs between scores; the last is always scored

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'TinyNet', 'keep_last_stride', 'backbone', 'GeM', 'GAP', 'BNNeck', 'ReidOutput', 'autocast', 'ReidModel',
-           'embedding_head', 'weights_file', 'read_weights', 'match_weights', 'load_backbone', 'in_mode',
-           'occlusion_map']
+           'embedding_head', 'weights_file', 'check_weights', 'read_weights', 'match_weights', 'load_backbone',
+           'in_mode', 'occlusion_map']
 
 # %% ../nbs/10_models.ipynb #2874d5f0
 import importlib.util
@@ -198,6 +198,28 @@ def weights_file(
     return path
 
 # %% ../nbs/10_models.ipynb #a412a0f0
+def check_weights(
+    path, # The file they are from, for messages
+    state:dict, # Names to tensors
+    like:dict|None=None # A network's `state_dict()`, of the same names; `None`: any
+)->dict: # `state`
+    "Tensors a network can use; `DataError` names the first that is not."
+    bad = lambda name,what,expected='': DataError(path, f'{name}: {what}', expected)
+    for k,v in state.items():
+        if v.is_complex() or v.is_quantized or v.layout!=torch.strided:
+            raise bad(k, f'{v.dtype}, {v.layout}', 'plain real numbers')
+        if v.is_floating_point() and not v.float().isfinite().all():
+            raise bad(k, 'holds NaN or infinity')
+        if k.endswith(('running_var', 'sqr_avg')) and (v<0).any():
+            raise bad(k, 'a negative variance')
+    for k,v in (like or {}).items():
+        if k not in state: raise bad(k, 'is missing', f'{len(like)} tensors')
+        if state[k].shape!=v.shape:
+            raise bad(k, f'{tuple(state[k].shape)}', f'{tuple(v.shape)}')
+        if state[k].is_floating_point()!=v.is_floating_point():
+            raise bad(k, f'{state[k].dtype}', f'{v.dtype}')
+    return state
+
 def read_weights(
     path # `.safetensors`, or a `.pt`/`.pth` that holds tensors only
 )->dict: # Names to tensors
@@ -205,16 +227,19 @@ def read_weights(
     path = Path(path)
     if not path.exists(): raise DataError(path, 'no such file')
     try:
-        if path.suffix=='.safetensors': return load_file(path)
+        if path.suffix=='.safetensors': return check_weights(path, load_file(path))
         state = torch.load(path, map_location='cpu', weights_only=True)
+        for key in ('state_dict', 'model'):
+            if isinstance(state.get(key), dict): state = state[key]
+        state = {k.removeprefix('module.'):v for k,v in state.items()
+                 if isinstance(v, Tensor)}
+    except DataError: raise
     except Exception as e:
         raise DataError(path, f'cannot be read as tensors ({type(e).__name__})',
             'safetensors or a state dict; to convert a file you trust, load it with '
             'torch.load(weights_only=False) and save its state_dict()') from None
-    for key in ('state_dict', 'model'):
-        if isinstance(state.get(key), dict): state = state[key]
-    return {k.removeprefix('module.'):v for k,v in state.items()
-            if isinstance(v, Tensor)}
+    if not state: raise DataError(path, 'holds no tensors by name')
+    return check_weights(path, state)
 
 # %% ../nbs/10_models.ipynb #8b13cdf0
 def match_weights(
@@ -222,15 +247,15 @@ def match_weights(
     target:dict # The network's own `state_dict()`
 )->dict: # `state` under the network's names
     "Weights renamed for a network; `ValueError` at the first misfit."
-    if set(target) <= set(state): return {k:state[k] for k in target}
-    pairs = list(zip(target, state))
+    pairs = list(zip(target, target if set(target)<=set(state) else state))
     if len(state) < len(target):
         raise ValueError(f'{len(state)} tensors, the network has {len(target)}')
     for k,s in pairs:
         kind = k.rsplit('.')[-1]==s.rsplit('.')[-1]
-        if state[s].shape!=target[k].shape or not kind:
-            raise ValueError(f'{s} {tuple(state[s].shape)} does not fit '
-                             f'{k} {tuple(target[k].shape)}')
+        fits = state[s].is_floating_point()==target[k].is_floating_point()
+        if state[s].shape!=target[k].shape or not kind or not fits:
+            a,b = (f'{t.dtype} {tuple(t.shape)}' for t in (state[s], target[k]))
+            raise ValueError(f'{s} {a} does not fit {k} {b}')
     return {k:state[s] for k,s in pairs}
 
 # %% ../nbs/10_models.ipynb #c971f2b4
@@ -256,11 +281,16 @@ def load_backbone(
     "A backbone with its weights, `None` for a random start."
     net = backbone(name, last_stride)
     if weights in (None, 'none'): return net
+    path = f'weights of {name} from the hub'
     if weights=='hub':
         if name=='tiny': raise ValueError('tiny has no published weights')
         state = _from_hub(name)
-    else: state = read_weights(weights_file(name) if weights=='pip' else weights)
-    net.load_state_dict(match_weights(state, net.state_dict()))
+    else:
+        path = weights_file(name) if weights=='pip' else weights
+        state = read_weights(path)
+    try: net.load_state_dict(match_weights(state, net.state_dict()))
+    except ValueError as e:
+        raise DataError(path, str(e), f'weights of {name}') from None
     logger.info('%s: weights from %s', name, weights)
     return net
 

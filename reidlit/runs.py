@@ -20,6 +20,7 @@ from . import core
 from .core import (DataError,active_preset,check_out,data_home,
     default_device,locked,logger,write_atomic)
 from .learner import ReidLearner,fast_dtype
+from .models import check_weights
 
 # %% ../nbs/12a_runs.ipynb #a4b66f8c
 def make_settings(
@@ -50,6 +51,13 @@ def _opt_tensors(opt):
         tensors |= {f'opt.{i}.{k}':v for k,v in s.items() if torch.is_tensor(v)}
         rest.append({k:v for k,v in s.items() if not torch.is_tensor(v)})
     return tensors,rest
+
+def _check_opt(path, opt, state):
+    "Raise unless an optimiser's state has the shapes of its parameters."
+    shapes = [p.shape for p,*_ in opt.all_params()]
+    fits = len(state)==len(shapes) and all(v.shape in (shape, ())
+        for shape,s in zip(shapes, state) for v in s.values() if torch.is_tensor(v))
+    if not fits: raise DataError(path, "the optimiser's tensors do not fit the network")
 
 def _keeper(learn):
     "The callback that keeps the history."
@@ -88,10 +96,11 @@ def read_checkpoint(
         raise DataError(path, 'no such file', 'a folder that training wrote')
     try: state = json.loads(path.read_text())
     except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
-    try: return state,load_file(path.parent/state['tensors'])
+    name = path.parent/state.get('tensors', '?')
+    try: tensors = load_file(name)
     except Exception as e:
-        name = path.parent/state.get('tensors', '?')
         raise DataError(name, f'cannot be read ({type(e).__name__})') from None
+    return state,check_weights(name, tensors)
 
 def load_checkpoint(
     folder, # Written by `save_checkpoint`
@@ -124,6 +133,7 @@ def load_checkpoint(
         pre = f'opt.{i}.'
         s |= {k[len(pre):]:v.to(learn.dls.device) for k,v in tensors.items()
               if k.startswith(pre)}
+    _check_opt(Path(folder)/state['tensors'], learn.opt, opt)
     learn.opt.load_state_dict(dict(state=opt, hypers=learn.opt.hypers))
     _keeper(learn).history = state['history']
     return state['epoch']
@@ -262,6 +272,7 @@ def save_model(
     kept = {k:kind(v.detach().cpu()).contiguous()
             for k,v in model.state_dict().items() if k in names}
     text = json.dumps(dict(recipe=recipe, info=info), sort_keys=True)
+    check_weights(path, kept)
     return write_atomic(Path(path), save(kept, dict(reidlit=text)))
 
 # %% ../nbs/12a_runs.ipynb #56f547ab
@@ -300,10 +311,14 @@ def load_model(
     try:
         recipe,info,weights = (_read_run if path.is_dir() else _read_file)(path)
         model = build_model(recipe)
-        model.load_state_dict({k:weights[k] for k in model.state_dict()})
-    except DataError: raise
-    except Exception as e: raise DataError(path, 'not a model that this version '
-        f'knows ({type(e).__name__})', 'a file of save_model, or a run') from None
+        own = model.state_dict()
+        model.load_state_dict(check_weights(path, {k:weights[k] for k in own}, own))
+    except Exception as e:
+        if isinstance(e, DataError) and e.path!=path: raise # of a checkpoint
+        why,want = (e.problem, e.expected) if isinstance(e, DataError) else \
+            (type(e).__name__, 'a file of save_model, or a run')
+        raise DataError(path, f'not a model that this version knows ({why})',
+                        want) from None
     device = default_device(device)
     if hasattr(model, 'dtype'): model.dtype = fast_dtype(device, recipe['body'])
     return model.eval().to(device),info

@@ -75,13 +75,15 @@ def score_target(
     model, # Crops to features
     target, # With query and gallery; `target.tracklets`: score those?
     size:tuple, # `(H,W)` of the network's input
+    features=None, # Of query and gallery, if they are there; `None`: extracted
     **kwargs # For `reid_scores`: `ap=`, ...
 ): # What `reid_scores` returns
     "Scores of a model on a set's query and gallery, pictures or tracklets."
-    q,g = target.query,target.gallery
+    sets = target.query,target.gallery
     if not getattr(target, 'tracklets', False):
-        return evaluate(model, q, g, tuple(size), **kwargs)
-    q,g = [pool_tracklets(extract_features(model, s, tuple(size)), s.tids, s.pids,
-                          s.camids, s.junk, s.distractor) for s in (q, g)]
+        return evaluate(model, *sets, tuple(size), features=features, **kwargs)
+    features = features or [extract_features(model, s, tuple(size)) for s in sets]
+    q,g = [pool_tracklets(f, s.tids, s.pids, s.camids, s.junk, s.distractor)
+           for f,s in zip(features, sets)]
     return reid_scores(q[0], g[0], q[1], g[1], q[2], g[2], g_junk=g[3],
         g_distractor=g[4], device=next(model.parameters()).device, **kwargs)

@@ -8,6 +8,7 @@ __all__ = ['BY_PRESET', 'cut_crops', 'cut_clips', 'frame_weights', 'TemporalAtte
            'choose_threshold', 'save_reid', 'load_reid', 'loose_clips', 'make_reid', 'reid_for']
 
 # %% ../nbs/13c_video.ipynb #642cd67d
+import math
 from dataclasses import asdict,replace
 from functools import partial
 from pathlib import Path
@@ -342,7 +343,8 @@ def save_reid(
     info:dict|None=None # Notes; whatever JSON can hold
 )->Path: # The path
     "The file, after weights, threshold and notes were written."
-    t = dict(threshold=threshold) if isinstance(threshold, float) else asdict(threshold)
+    t = asdict(threshold) if isinstance(threshold, Threshold) else \
+        dict(threshold=float(threshold))
     return save_model(model, path, **(info or {}), threshold=t)
 
 def load_reid(
@@ -353,7 +355,11 @@ def load_reid(
     model,info = load_model(path, device)
     if 'threshold' not in info: raise DataError(
         path, f'a {type(model).__name__} without threshold', 'a file of save_reid')
-    return model,info['threshold']['threshold'],info
+    t = info['threshold']
+    if isinstance(t, dict): t = t.get('threshold')
+    if type(t) not in (int, float) or not 0<=t<math.inf:
+        raise DataError(path, f'threshold {t!r}', 'a number, 0 or more')
+    return model,t,info
 
 # %% ../nbs/13c_video.ipynb #b3b38c20
 def loose_clips(

@@ -18,13 +18,14 @@ from fastai.callback.schedule import SchedExp,SchedNo,combine_scheds
 from fastai.optimizer import RMSProp
 from fastcore.basics import patch
 from .._moved import moved_names
-from ..core import ReidSet,default_device,logger,rng_for,seed_all
+from ..core import (ReidSet,as_features,as_labels,default_device,logger,
+    rng_for,seed_all)
 from ..data.augment import Augment
 from ..data.sampling import BatchSampler,deal
 from ..data.switching import EqualSampler,SwitchSampler,join_sets
 from ..learner import (ReidLearner,ReidLoaders,extract_features,
     fast_dtype,reid_learner)
-from ..metrics.retrieval import reid_scores
+from ..metrics.retrieval import metric_features,reid_scores
 from ..models import load_backbone
 from ..runs import check_folder,fit,make_settings
 from ..tracklets import Tracklets,pool_tracklets,tracklet_table
@@ -175,10 +176,8 @@ def presumed_positives(
     counts:dict|None=None # `{(camera, camera): N_p}` instead; others get 0
 )->Positives: # Nearest pairs of every two cameras, nearest first
     "Pairs presumed to be one person (section 3.2.1); `ValueError` if NaN."
-    x,camids = torch.as_tensor(features).float(),np.asarray(camids)
-    if x.ndim!=2 or len(x)!=len(camids):
-        raise ValueError(f'features {tuple(x.shape)} for {len(camids)} camids')
-    if not x.isfinite().all(): raise ValueError('features: NaN or infinity')
+    x = metric_features(as_features(features).float(), 'features', 'cpu')
+    camids = as_labels(camids, 'camids', len(x))
     if counts is None and not 0<alpha<=1:
         raise ValueError(f'alpha={alpha}: expected above 0, at most 1')
     cams,out = np.unique(camids),[]

@@ -8,7 +8,8 @@ __all__ = ['EmbeddingNet', 'triplet_gaps', 'hardest_triplets', 'TripletLoss', 'f
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #edbc9f57
 import torch,torch.nn as nn
 from torch import Tensor
-from ..losses import batch_distances,batch_hard_triplet,triplet_masks
+from reidlit.losses import (batch_distances,batch_hard_triplet,batch_labels,
+    triplet_masks)
 from ..models import GAP,backbone,embedding_head
 
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #a8d23768
@@ -50,7 +51,7 @@ def triplet_gaps(
 )->Tensor: # `(T,)`, by anchor, then positive, then negative
     "Gaps `D_ap - D_an` of all triplets (Eq. 1); `ValueError` for one identity."
     d = batch_distances(feats)
-    pos,neg,_ = triplet_masks(pids)
+    pos,neg,_ = triplet_masks(batch_labels(pids, feats))
     return (d[:, :, None]-d[:, None])[pos[:, :, None] & neg[:, None]]
 
 # %% ../../nbs/20_crossdataset.triplet_mining.ipynb #4c0101ab
@@ -60,7 +61,8 @@ def hardest_triplets(
 )->tuple[Tensor,Tensor]: # Rows of positive and negative `(N,)`, -1: none
     "Each anchor's farthest positive and nearest negative, as row numbers."
     d = batch_distances(feats)
-    pos,neg,_ = triplet_masks(pids) # `max` and `min` give the first of equals
+    pos,neg,_ = triplet_masks(batch_labels(pids, feats))
+    # `max` and `min` give the first of equals
     far = d.masked_fill(~pos, -torch.inf).max(1).indices
     near = d.masked_fill(~neg, torch.inf).min(1).indices
     none = lambda rows, mask: torch.where(mask.any(1), rows, -1)

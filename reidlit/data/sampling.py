@@ -43,6 +43,7 @@ def deal(
     rng:np.random.Generator # Shuffles
 )->list: # Lists of rows; the first `n` cards dealt hold every row
     "Hands of rows; a row is twice in a hand only if the hand is over `n`."
+    if not len(rows): raise ValueError('rows: none to deal')
     out,deck = [],[]
     for size in sizes:
         hand,deck = deck[:size],deck[size:]
@@ -85,13 +86,12 @@ class PKSampler(BatchSampler):
         visits:int|None=None # Most hands a person gets; `None`: all it needs
     ):
         super().__init__(seed)
-        pids = np.asarray(pids); self.p,self.k = p,k
+        pids,self.p,self.k = as_labels(pids, 'pids'),p,k
         if min(p, k)<1 or (visits is not None and visits<1):
             raise ValueError(f'p={p}, k={k}, visits={visits}: '
                              'expected 1 or more')
-        if len(pids) and pids.min()<0:
-            raise ValueError(f'{(pids<0).sum()} pids below 0: '
-                             'take those rows out')
+        if (pids<0).any(): raise ValueError(f'{(pids<0).sum()} pids below 0: '
+                                            'take those rows out')
         self.size,people = len(pids),np.unique(pids)
         if len(people)<p:
             raise ValueError(f'{len(people)} people, but a step needs {p}: '
@@ -182,9 +182,7 @@ class CameraPKSampler(PKSampler):
     ):
         if camids is None:
             raise ValueError('camids is None: without cameras use PKSampler')
-        self.camids = np.asarray(camids)
-        if self.camids.shape != np.shape(pids):
-            raise ValueError(f'{len(self.camids)} camids for {len(pids)} pids')
+        self.camids = as_labels(camids, 'camids', len(pids))
         super().__init__(pids, p, k, **kwargs)
 
     def _split(self, rows):
@@ -219,8 +217,9 @@ def tracklet_rows(
 )->tuple: # Tracklets `(T,)` ascending, and a list of their rows
     "Which rows make up each tracklet, first frame first."
     if tids is None: raise ValueError('tids is None: no tracklets are known')
-    tids = np.asarray(tids)
-    frames = np.arange(len(tids)) if frames is None else np.asarray(frames)
+    tids = as_labels(tids, 'tids')
+    frames = np.arange(len(tids)) if frames is None else \
+        as_labels(frames, 'frames', len(tids))
     order = np.lexsort((frames, tids)); ids = np.unique(tids)
     return ids,np.split(order, np.searchsorted(tids[order], ids[1:]))
 
@@ -241,8 +240,8 @@ class TrackletSampler(PKSampler):
         frames=None, # Frame numbers `(N,)`; `None` keeps the order of rows
         **kwargs # seed, visits of `PKSampler`
     ):
-        pids,self.n = np.asarray(pids),n
         ids,self.clips = tracklet_rows(tids, frames)
+        pids,self.n = as_labels(pids, 'pids', len(tids)),n
         for t,r in zip(ids, self.clips):
             if len(set(pids[r]))>1:
                 people = np.unique(pids[r])

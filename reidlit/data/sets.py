@@ -8,9 +8,9 @@ __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_o
            'MARS_INFO', 'MotBoxes', 'MotSequence', 'MultiviewDetections', 'NUMBERED', 'Rig', 'RoadSet', 'SUFFIXES',
            'SearchSet', 'Splits', 'WILDTRACK', 'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco',
            'crop_folder', 'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid',
-           'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'mot17', 'mot_sequences', 'msmt17',
-           'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names', 'read_xml',
-           'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
+           'label_pattern', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'mot17', 'mot_sequences',
+           'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names',
+           'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
            'write_crowdhuman', 'write_cuhk_sysu', 'write_ilids_vid', 'write_mot', 'write_mot17', 'write_multiviewx',
            'write_prid2011', 'write_prw']
 
@@ -26,8 +26,9 @@ from .readers.cityflow import RoadSet,cityflow,write_cityflow
 from .readers.coco import coco,write_coco
 from .readers.crowdhuman import crowdhuman,write_crowdhuman
 from .readers.cuhk03 import cuhk03,extract_cuhk03
-from .readers.market import (MARKET,SUFFIXES,Splits,check_layout,
-    crop_folder,finish,list_images,market1501,market_rows,read_names)
+from reidlit.data.readers.market import (MARKET,SUFFIXES,Splits,check_layout,
+    crop_folder,finish,label_pattern,list_images,market1501,market_rows,
+    read_names)
 from reidlit.data.readers.mars import (MARS,MARS_DIRS,MARS_INFO,mars,mars_rows,
     read_mat)
 from .readers.mot import (MotBoxes,MotSequence,mot17,mot_sequences,
@@ -44,7 +45,7 @@ from .readers.wildtrack import (CALIBRATION,NUMBERED,WILDTRACK,FrameSet,
     Grid,Rig,clip_box,read_xml,wildtrack,wildtrack_cameras)
 from .world import World
 from ..files import read_json
-from ..films import Film
+from ..films import FILM_SUFFIXES,Film
 
 # %% ../../nbs/05f_data.sets.ipynb #2a53a05f
 _all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS',
@@ -52,7 +53,7 @@ _all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS
     'Rig', 'RoadSet', 'SUFFIXES', 'SearchSet', 'Splits', 'WILDTRACK',
     'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco', 'crop_folder',
     'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish',
-    'ilids_vid', 'list_images', 'market1501', 'market_rows', 'mars',
+    'ilids_vid', 'label_pattern', 'list_images', 'market1501', 'market_rows', 'mars',
     'mars_rows', 'mot17', 'mot_sequences', 'msmt17', 'multiviewx', 'pets2009',
     'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names',
     'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
@@ -117,22 +118,26 @@ def open_data(
     people:int=200, # Of a world
     cameras:int=6, # Of a world
     seed:int=0, # Of a world, and of people held out
-    size:tuple=(64, 32) # `(H,W)` of a world's crops
+    size:tuple=(64, 32), # `(H,W)` of a world's crops
+    pattern:str|None=None, # Of paths in `'folder'`, for labels: see `crop_folder`
+    verify:bool=False # Open every picture, leave out broken ones
 )->SimpleNamespace: # `train, query, gallery, val, world, kind, tracklets`
     "The named data; `ValueError` if the name is unknown or root is missing."
     if data not in (names := ('world', 'folder', *READERS)):
         raise ValueError(f'data {data!r}: expected one of {names}')
+    if pattern is not None and data!='folder':
+        raise ValueError(f"pattern {pattern!r}: only for data 'folder', not {data!r}")
     if data=='world':
         w = World(people, cameras, seed)
         q,g = w.query_gallery('test', size=size)
         return SimpleNamespace(train=w.crops('train', size=size), query=q, gallery=g,
             val=w.crops('val', size=size), world=w, kind='drawn', tracklets=False)
     if root is None: raise ValueError(f'data {data!r} needs --root FOLDER')
-    if data!='folder': s = READERS[data](root)
+    if data!='folder': s = READERS[data](root, verify=verify)
     else:
-        items = name_cameras(open_crops(root))
-        if items.pids is None: raise DataError(root, 'no subfolders',
-            'one per person, or names like 0002_c1s1_000451_03.jpg')
+        items = name_cameras(open_crops(root, pattern, verify))
+        if items.pids is None: raise DataError(root, 'no subfolders', 'one per person, '
+            'names like 0002_c1s1_000451_03.jpg, or --pattern with (?P<pid>...)')
         s = hold_out(items, seed=seed)
     return SimpleNamespace(**dict(val=None) | s, world=None, kind='real',
                            tracklets=data in TRACKLETS)
@@ -152,22 +157,43 @@ def read_sources(
 
 # %% ../../nbs/05f_data.sets.ipynb #ce4e447c
 def open_crops(
-    path # A picture or a folder
+    path, # A picture or a folder
+    pattern:str|None=None, # Of the path below it, for labels: see `crop_folder`
+    verify:bool=False # Open every picture, leave out broken ones
 )->ReidSet: # With the labels that names or subfolders tell, else without
     "Pictures to search with or in; `DataError` if there are none."
     path = Path(path)
-    if path.is_file(): return ReidSet([path], None, name=str(path))
-    items = crop_folder(path)
+    if path.suffix.lower() in FILM_SUFFIXES:
+        raise DataError(path, 'is a film', 'pictures; `reidlit track` takes films')
+    if path.is_file():
+        items = ReidSet([path], None, name=str(path))
+        return finish(items, path, 'a picture', verify)
+    items = crop_folder(path, pattern, verify)
     named = all(MARKET.fullmatch(p.name) for p in items.images)
-    if items.pids is None and named:
-        items = market_rows(items.images, path.name, Dropped())
+    if pattern is None and items.pids is None and named:
+        items = market_rows(items.images, path.name, items.dropped)
     return replace(items, name=str(path))
 
 # %% ../../nbs/05f_data.sets.ipynb #14693b55
+def _by_name(items, pattern):
+    "Sets with the labels of a pattern, numbered together."
+    below = {p:p.name if str(p)==s.name else p.relative_to(s.name).as_posix()
+             for s in items for p in map(Path, s.images)}
+    every = [Path(p) for s in items for p in s.images]
+    kept,cols = read_names(every, label_pattern(pattern), Dropped(), below.get)
+    if odd := set(every)-set(kept):
+        raise DataError(min(odd), 'name not understood', f'a path like {pattern}')
+    cuts = np.cumsum([len(s) for s in items])[:-1]
+    cols = {k:np.split(v, cuts) for k,v in cols.items()}
+    return [replace(s, **{f'{k}s':v[i] for k,v in cols.items()})
+            for i,s in enumerate(items)]
+
 def number_alike(
-    *items:ReidSet # From `open_crops`
+    *items:ReidSet, # From `open_crops`
+    pattern:str|None=None # The same
 )->list: # The same, where a person has one number in all of them
     "Sets whose people are numbered by name; unlabelled ones as they are."
+    if pattern is not None: return _by_name(items, pattern)
     def names(s):
         if s.pids is None: return []
         if s.camids is not None: return [str(p) for p in s.pids]

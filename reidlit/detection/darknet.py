@@ -9,6 +9,7 @@ __all__ = ['darknet_tensors', 'save_darknet', 'load_darknet']
 from pathlib import Path
 import numpy as np,torch,torch.nn as nn
 from ..core import DataError,write_atomic
+from ..models import check_weights
 
 # %% ../../nbs/14d_detection.darknet.ipynb #f38ae88b
 def darknet_tensors(
@@ -44,6 +45,8 @@ def _header(path):
     if not path.is_file(): raise DataError(path, 'no such file', 'a .weights file')
     head = np.fromfile(path, '<i4', 3)
     if len(head)<3: raise DataError(path, 'too short for a header', '16 bytes or more')
+    if not 0<=min(head)<=max(head)<1000: raise DataError(path,
+        f'version {head.tolist()}', 'numbers below 1000, the lowest byte first')
     return 20 if head[0]*10+head[1]>=2 else 16
 
 @torch.no_grad()
@@ -57,8 +60,10 @@ def load_darknet(
     n,size = sum(t.numel() for t in tensors),path.stat().st_size
     if size!=start+4*n:
         raise DataError(path, f'{(size-start)/4:,.10g} numbers', f'{n:,}')
-    values,at = np.memmap(path, '<f4', 'r', start, n),0
-    for t in tensors:
-        t.copy_(torch.from_numpy(np.array(values[at:at+t.numel()])).view(t.shape))
-        at += t.numel()
+    values = torch.from_numpy(np.fromfile(path, '<f4', n, offset=start))
+    parts = [v.view(t.shape) for v,t in zip(
+        values.split([t.numel() for t in tensors]), tensors)]
+    named = {id(t):k for k,t in model.state_dict(keep_vars=True).items()}
+    check_weights(path, {named[id(t)]:v for v,t in zip(parts, tensors)})
+    for v,t in zip(parts, tensors): t.copy_(v)
     return model

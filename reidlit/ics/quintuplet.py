@@ -9,7 +9,7 @@ __all__ = ['quintuplet_loss']
 import torch
 from ..camera_labels import camera_mean,check_ids
 from ..core import as_features,check_shapes
-from ..losses import batch_distances,margin_loss,triplet_masks
+from ..losses import batch_distances,batch_labels,margin_loss,triplet_masks
 from ..camera_memory import CameraMemory
 
 # %% ../../nbs/30a_ics.quintuplet.ipynb #3519e377
@@ -61,10 +61,11 @@ def quintuplet_loss(
     "Hybrid quintuplet loss (Eq. 4); `ValueError` names a label at fault."
     if reduction not in ('camera', 'sum'):
         raise ValueError(f"reduction={reduction!r}: expected 'camera' or 'sum'")
+    labels = batch_labels(labels, name='labels').long()
+    cameras = batch_labels(cameras, labels, 'cameras')
     if memory is not None:
         if embedding is None: raise ValueError('memory, but embedding is None')
         check_ids(labels, memory.cameras, cameras)
-    labels = labels.long()
     parts = [_in_batch(pooled, labels, cameras, m1)]
     if memory is not None:
         parts.append(_with_memory(embedding, labels, memory, m2, sim))

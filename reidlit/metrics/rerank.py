@@ -11,8 +11,7 @@ import numpy as np,torch
 from fastcore.meta import delegates
 from numba import njit
 from scipy import sparse
-from ..core import check_shapes
-from .retrieval import distance_chunks,metric_features,pair_d2
+from .retrieval import distance_chunks,metric_pair,pair_d2
 
 # %% ../../nbs/09_metrics.rerank.ipynb #666e404b
 @njit(nogil=True)
@@ -94,9 +93,7 @@ def rerank_chunks(
     "k-reciprocal distances, Zhong et al. 2017; `ValueError` if misfit."
     if k1<1 or k2<1: raise ValueError(f'k1={k1}, k2={k2}: expected 1 or more')
     if not 0<=lam<=1: raise ValueError(f'lam={lam}: expected 0 to 1')
-    q = metric_features(query, 'query', device, metric)
-    g = metric_features(gallery, 'gallery', device, metric)
-    check_shapes(query=(q, 'Q D'), gallery=(g, 'G D'))
+    q,g = metric_pair(query, gallery, device, metric)
     v,far = _encode(torch.cat([q, g]), k1, k2, memory_mb)
     cols = v[len(q):].tocsc()
     def blocks(at=0):

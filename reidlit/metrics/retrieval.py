@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['average_precision', 'scoring_labels', 'as_distances', 'scores_in_words', 'ReidScores', 'scores_from_distances',
-           'metric_features', 'distance_chunks', 'pair_d2', 'reid_scores', 'mars_scores']
+           'metric_features', 'metric_pair', 'distance_chunks', 'pair_d2', 'reid_scores', 'mars_scores']
 
 # %% ../../nbs/07_metrics.retrieval.ipynb #272b3230
 from collections.abc import Iterator
@@ -238,17 +238,47 @@ def _rules(s, queries, gallery, asked, nocams, ap, skip_empty):
     return line+[f'AP: {ap} ({mean}); ties in gallery order']
 
 # %% ../../nbs/07_metrics.retrieval.ipynb #29830057
+def _far(x):
+    "Does what the rows share hide how they differ? Its length is over 100 to 1."
+    if len(x)<2: return False
+    each = torch.linalg.vector_norm(x, dim=1).double().square().mean()
+    mean = x.mean(0).double().square().sum()
+    return bool(each-mean < mean/1e4)
+
+def _few_digits(x):
+    "Would 32 bits lose the distances of these rows?"
+    top = float(torch.linalg.vector_norm(x, torch.inf)) if x.numel() else 0.
+    return x.dtype==torch.float32 and (top>1e15 or 0<top<1e-15 or _far(x))
+
 def metric_features(
     x, # `(N,D)` array or tensor
     name:str, # Of the argument, for messages
     device=None, # Where to compute; `None` is a GPU if there is one
-    metric:str='euclidean' # `'euclidean'` or `'cosine'`
+    metric:str='euclidean', # `'euclidean'` or `'cosine'`
+    wide:bool|None=None # In 64 bits? `None`: if 32 would lose distances
 )->torch.Tensor: # `(N,D)` float32 or float64; unit rows if the metric is cosine
     "Features ready for a metric; `ValueError` names a row that is not finite."
     if metric not in ('euclidean', 'cosine'):
         raise ValueError(f"metric={metric!r}: expected 'euclidean' or 'cosine'")
     x = as_features(x, name, default_device(device))
-    return torch.nn.functional.normalize(x) if metric=='cosine' else x
+    if _few_digits(x) if wide is None else wide: x = x.double()
+    if metric=='euclidean': return x
+    eps = 1e-12 if x.dtype==torch.float32 else 1e-300
+    return torch.nn.functional.normalize(x, eps=eps)
+
+# %% ../../nbs/07_metrics.retrieval.ipynb #983a3bfb
+def metric_pair(
+    query, # `(Q,D)` array or tensor
+    gallery, # `(G,D)` array or tensor
+    device=None, # Where to compute; `None` is a GPU if there is one
+    metric:str='euclidean' # `'euclidean'` or `'cosine'`
+)->tuple: # Both, of one type
+    "Two sets ready to be compared, as `metric_features`."
+    q = metric_features(query, 'query', device, metric, False)
+    g = metric_features(gallery, 'gallery', device, metric)
+    check_shapes(query=(q, 'Q D'), gallery=(g, 'G D'))
+    if g.dtype==torch.float64: q = metric_features(query, 'query', device, metric, True)
+    return (q, g.double()) if q.dtype==torch.float64 else (q, g)
 
 @torch.no_grad()
 def _distances(a, b, b2, metric):
@@ -265,10 +295,9 @@ def distance_chunks(
     device=None # Where to compute; `None` is a GPU if there is one
 )->Iterator: # Blocks of rows of the `(Q,G)` distances, NumPy
     "Distances in blocks of rows; `ValueError` if features do not fit."
-    q = metric_features(query, 'query', device, metric)
-    g = metric_features(gallery, 'gallery', device, metric)
-    check_shapes(query=(q, 'Q D'), gallery=(g, 'G D'))
-    if q.dtype!=g.dtype: q,g = q.double(),g.double()
+    q,g = metric_pair(query, gallery, device, metric)
+    if metric=='euclidean' and g.dtype==torch.float64 and _far(g):
+        middle = g.mean(0); q,g = q-middle,g-middle
     rows = max(1, int(memory_mb*2**20/(2*g.element_size()*max(1, len(g)))))
     g2 = (g*g).sum(1)
     return (_distances(a, g, g2, metric).cpu().numpy() for a in q.split(rows))

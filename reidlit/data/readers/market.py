@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MARKET', 'SUFFIXES', 'read_names', 'market_rows', 'list_images', 'check_layout', 'Splits', 'readable', 'check_pixels',
-           'report_overlap', 'finish', 'market1501', 'crop_folder']
+           'report_overlap', 'finish', 'market1501', 'label_pattern', 'crop_folder']
 
 # %% ../../../nbs/04_data.readers.market.ipynb #60751821
 import os,re
 from pathlib import Path
 import numpy as np
 from ...core import DataError,Dropped,ReidSet,logger
+from ...films import FILM_SUFFIXES
 
 # %% ../../../nbs/04_data.readers.market.ipynb #f97c5f1c
 MARKET = re.compile(
@@ -73,6 +74,8 @@ def list_images(
         for f in sorted(files):
             if f.startswith('.'): dropped.add('hidden file', f)
             elif Path(f).suffix.lower() in SUFFIXES: found.append(Path(here)/f)
+            elif Path(f).suffix.lower() in FILM_SUFFIXES:
+                dropped.add('a film: `reidlit track` takes those', f)
             elif f!='reidlit.json': dropped.add('not a picture', f)
         for o in sorted(dirs):
             if o.startswith('.'): dropped.add('hidden folder', o)
@@ -215,6 +218,18 @@ def _who(names, root):
     return _numbers('-1' if j else n for n,j in zip(names, junk)), junk
 
 # %% ../../../nbs/04_data.readers.market.ipynb #443d3275
+def label_pattern(
+    pattern:str # With groups `(?P<pid>...)`, `camid`, `tid`, `frame`, or some
+)->re.Pattern: # To be matched with the whole path below a folder
+    "A compiled pattern; `ValueError` if it is none, or names no label."
+    try: p = re.compile(pattern)
+    except re.error as e: raise ValueError(f'pattern {pattern!r}: {e}') from None
+    known = {'pid', 'camid', 'tid', 'frame'}
+    if not p.groupindex or not set(p.groupindex)<=known: raise ValueError(
+        f'pattern {pattern!r}: groups {list(p.groupindex)}, expected some of '
+        f'{sorted(known)}, written (?P<pid>...)')
+    return p
+
 def crop_folder(
     root, # A folder of crops
     pattern:str|None=None, # For the path below `root`: `(?P<pid>...)` etc.
@@ -225,9 +240,7 @@ def crop_folder(
     paths,cols,who = list_images(root, d, deep=True),{},[]
     below = lambda p: p.relative_to(root).as_posix()
     if pattern is not None:
-        pattern = re.compile(pattern)
-        if bad := set(pattern.groupindex)-{'pid', 'camid', 'tid', 'frame'}:
-            raise ValueError(f'{pattern.pattern}: no column {sorted(bad)}')
+        pattern = label_pattern(pattern)
         paths,cols = read_names(paths, pattern, d, below)
         who = [pattern.fullmatch(below(p)).groupdict().get('pid') for p in paths]
     elif any(p.parent!=root for p in paths):
@@ -239,5 +252,5 @@ def crop_folder(
     pids,junk = _who(who, root) if who and who[0] is not None else (None, None)
     s = ReidSet(paths, pids, cols.get('camid'), cols.get('tid'),
                 cols.get('frame'), junk, name=root.name, dropped=d)
-    example = f'names like {pattern.pattern}' if pattern else 'pictures'
+    example = f'paths below it like {pattern.pattern}' if pattern else 'pictures'
     return finish(s, root, example, verify)
