@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'choices', 'train_method', 'search', 'right_first', 'write_search', 'diagnosis', 'about', 'command',
            'draw_world', 'train_command', 'crop_model', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor',
-           'camera_number', 'shared_moments', 'network_size', 'customise_camera', 'make_weights', 'looks_of',
-           'track_people', 'search_frames', 'demo_page', 'demo', 'main']
+           'camera_number', 'shared_moments', 'customise_camera', 'make_weights', 'looks_of', 'track_people',
+           'search_frames', 'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -14,7 +14,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
 
 # %% ../nbs/80_cli.ipynb #c7d0bf4a
-import csv,io,json,logging,os
+import csv,io,json,logging,os,sys
 from contextlib import contextmanager,redirect_stdout
 from fastai.torch_core import rank_distrib
 from filecmp import cmp
@@ -28,7 +28,7 @@ from PIL import Image
 from . import mcssl
 from .crossdataset import EmbeddingNet
 from .core import (DataError,Dropped,ReidSet,active_preset,check_out,
-    data_home,default_device,write_atomic)
+    data_home,default_device,logger,printable,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
 from .data.readers.market import SUFFIXES,list_images
@@ -37,7 +37,8 @@ from .data.world import World
 from .detection.detectors import load_detector,save_detector
 from reidlit.detection.online_tracker import (crop_features,read_detections,
     track_film)
-from .detection.training import base_detector,detector_scores,make_base
+from reidlit.detection.training import (HEIGHT,base_detector,detector_scores,
+    make_base,network_size)
 from .experiments import (Run,check_sources,load_paper,papers,reproduce,
     surroundings,train_run)
 from .films import Film,annotate,write_film
@@ -190,7 +191,8 @@ def write_search(
     most:int=20 # Queries in the picture
 )->tuple: # Paths of the CSV and the PNG
     "Both files' paths, after they were written."
-    def name(s, i): return str(i if isinstance(s.images, np.ndarray) else s.images[i])
+    def name(s, i):
+        return printable(i if isinstance(s.images, np.ndarray) else s.images[i])
     if not rows: raise ValueError('no gallery picture is left for any query')
     text,folder = io.StringIO(),Path(folder)
     out = csv.DictWriter(text, ['query', 'rank', 'gallery', 'distance', 'right'])
@@ -447,22 +449,12 @@ def shared_moments(
         f'{sorted(f"C{c+1}" for c in cameras)} have no moment in common')
     return both,len(set.union(*each))-len(both)
 
-def network_size(
-    frame:np.ndarray, # `(H,W,3)`
-    widest:int=640 # Pixels
-)->tuple|None: # `(H,W)` of the detector's input; `None`: as it is
-    "The frame halved until it is narrow enough."
-    h,w = frame.shape[:2]
-    half = 0
-    while w/2**half>widest: half += 1
-    return (round(h/2**half), round(w/2**half)) if half else None
-
 # %% ../nbs/80_cli.ipynb #36ea1445
 @command('customise')
 def customise_camera(
     root:Path, # Folder of the set
     camera:str, # C1, C2, ...
-    data:str='wildtrack', # wildtrack, multiviewx or cityflow
+    data:str='wildtrack', # wildtrack, multiviewx, cityflow or pets2009
     others:str|None=None, # For example C2,C3
     detector:Path|None=None, # A file of save_detector
     preset:str|None=None, # ci, laptop or paper
@@ -479,7 +471,8 @@ def customise_camera(
     settings = mcssl.mcssl_settings(preset, seed=seed)
     if s.train.cameras is None:
         raise DataError(root, 'no camera is calibrated', 'K, R and t of each')
-    count = len(s.train.cameras)
+    if (count := len(s.train.cameras))<2: raise DataError(
+        root, 'frames of one camera', 'two cameras or more that see one place')
     c = camera_number(camera, count)
     names = others.split(',') if others else [f'C{i+1}' for i in range(count)]
     rest = [camera_number(o, count) for o in names]
@@ -492,7 +485,12 @@ def customise_camera(
     if lost: typer.echo(f'{lost} moments left out: not all cameras have them')
     base = (load_detector(detector, device) if detector else
             base_detector(kind, device=device))
-    own,size = s.test[s.test.camids==c],network_size(s.train.read(0))
+    own = s.test[s.test.camids==c]
+    size = network_size(s.train, base.info.get('height', HEIGHT[kind]))
+    scores = detector_scores(base, own, size) if len(own.row) else {}
+    if scores.get('AP50', 1)<.1: logger.warning('camera %s: the base detector finds '
+        'next to nothing (AP50 %.3f); it may know larger or smaller %s, or other '
+        'light: --detector takes another one', camera, scores['AP50'], kind)
     try: made = mcssl.customise(c, rest, base, s.train, times, settings,
         reid=reid_for(kind, device), size=size, device=device, folder=out,
         resume=resume)
@@ -505,10 +503,9 @@ def customise_camera(
                    f'{a.confirmed.sum()} confirmed')
     path = save_detector(made.detector, out/'detector.safetensors', half=False,
                          camera=camera)
-    for word,d in (('base', base), ('custom', made.detector)):
-        if not len(own): break
-        typer.echo(f'{word}: '+', '.join(f'{k} {v:.3f}' for k,v in
-                                         detector_scores(d, own, size).items()))
+    both = dict(base=scores, custom=scores and detector_scores(made.detector, own, size))
+    for word,found in both.items():
+        if found: typer.echo(f'{word}: '+', '.join(f'{k} {v:.3f}' for k,v in found.items()))
     typer.echo(f'in {path}')
 
 # %% ../nbs/80_cli.ipynb #bc4fb04c
@@ -622,7 +619,7 @@ def search_frames(
     table.writerow(['frame', 'left', 'top', 'right', 'bottom', 'score', 'similarity'])
     for h in hits:
         box = np.round(h.box.astype(float), 1).tolist()
-        table.writerow([files[h.frame], *box, f'{h.score:.4f}', f'{h.similarity:.4f}'])
+        table.writerow([printable(files[h.frame]), *box, f'{h.score:.4f}', f'{h.similarity:.4f}'])
     typer.echo(write_atomic(out/'search.csv', text.getvalue().encode()))
     (out/'search.png').unlink(missing_ok=True) # of an earlier search
     if hits: typer.echo(_draw_hits(im, where or
@@ -639,7 +636,8 @@ def _draw_hits(query, box, hits, files, out):
     for h,ax in zip(hits, axes.flat[1:]):
         im = ReidSet([files[h.frame]], None).read(0)
         show_boxes(im, [h.box], None, [PALETTE[0]], ax, 2.5)
-        ax.set_title(f'{Path(files[h.frame]).name}: {h.similarity:.2f}', fontsize=9)
+        name = printable(Path(files[h.frame]).name)[:40]
+        ax.set_title(f'{name}: {h.similarity:.2f}', fontsize=9, parse_math=False)
     png = io.BytesIO(); fig.savefig(png, dpi=100); plt.close(fig)
     return write_atomic(out/'search.png', png.getvalue())
 
@@ -689,6 +687,8 @@ def main(
 )->int: # The exit status: 0, 2 after an error, 130 after Ctrl-C
     "The exit status, after running the command."
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    if hasattr(sys.stdout, 'reconfigure'): # a name may hold what it cannot print
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         if not rank_distrib(): return app(words, standalone_mode=False) or 0
         with redirect_stdout(io.StringIO()): # of many processes, the first speaks

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import re
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from reidlit.data.readers.cityflow import (RoadSet, apply_homography, camera_fro
                                            read_clocks, write_cityflow)
 from reidlit.data.readers.multiviewx import MULTIVIEWX, move_camera, multiviewx, write_multiviewx
 from reidlit.data.readers.pets2009 import pets2009
+from reidlit.data.readers.wildtrack import read_xml
 from reidlit.data.sets import FrameSet, wildtrack
 from reidlit.data.world import World
 from reidlit.data.writers import write_wildtrack
@@ -72,7 +74,8 @@ def test_multiviewx_round_trip(tmp_path, people, digits, convention):
             np.testing.assert_array_equal(a.xyxy, np.rint(b.xyxy[order]))
             np.testing.assert_array_equal(s.frame(c, t), people.frame(c, t))
     same_f(m.cameras, people.cameras)
-    assert (s.ground >= 0).all() and (s.ground <= [25, 16]).all()
+    floor = s.ground*[1, -1]  # y is turned round: MultiviewX's world is left-handed
+    assert (floor >= 0).all() and (floor <= [25, 16]).all()
 
 
 def test_multiviewx_feet_are_under_moved_cameras(tmp_path, people):
@@ -85,6 +88,18 @@ def test_multiviewx_feet_are_under_moved_cameras(tmp_path, people):
         assert abs(b.xyxy[:, [0, 2]].mean(1) - foot[:, 0]).max() < 3
 
 
+def published(root):
+    "`K[R|t]` of each camera's files, by OpenCV, and its boxes of the first moment by person."
+    notes = json.loads(min((root/'annotations_positions').iterdir()).read_text())
+    keys = 'xmin', 'ymin', 'xmax', 'ymax'
+    for c in range(len(list((root/'calibrations'/'extrinsic').iterdir()))):
+        K, = read_xml(root/'calibrations'/'intrinsic'/f'intr_Camera{c+1}.xml', camera_matrix=9)
+        r, t = read_xml(root/'calibrations'/'extrinsic'/f'extr_Camera{c+1}.xml', rvec=3, tvec=3)
+        boxes = {p['personID']: [v[k] for k in keys] for p in notes
+                 for v in p['views'] if v['viewNum'] == c and v['xmax'] > 0}
+        yield K.reshape(3, 3)@np.c_[cv2.Rodrigues(r)[0], t], boxes
+
+
 def test_multiviewx_is_what_published_readers_expect(tmp_path, people):
     "Names, metres, x + 1000 y, and the same boxes in rectangles.pom."
     out = write_multiviewx(people, tmp_path/'m', [0])
@@ -94,15 +109,68 @@ def test_multiviewx_is_what_published_readers_expect(tmp_path, people):
     file = cv2.FileStorage(str(out/names[3]), cv2.FILE_STORAGE_READ)
     np.testing.assert_allclose(file.getNode('camera_matrix').mat(), people.cameras[0].K)
     m = multiviewx(out, train_share=1)
-    assert all(abs(np.linalg.norm(c.center - [12.5, 8, 0]))<20 for c in m.cameras)
+    assert all(abs(np.linalg.norm(c.center - [12.5, -8, 0]))<20 for c in m.cameras)
     notes = json.loads((out/'annotations_positions'/'00000.json').read_text())
     for p in notes:
         x, y = (.025*v for v in (p['positionID'] % 1000, p['positionID']//1000))
         at = m.train.ground[m.train.pids == p['personID']]
-        np.testing.assert_allclose(at, np.tile([x, y], (len(at), 1)), atol=1e-6)
+        np.testing.assert_allclose(at, np.tile([x, -y], (len(at), 1)), atol=1e-6)
+        for P, b in published(out):  # as OpenCV takes the files: in place, behind the camera
+            if p['personID'] not in b: continue
+            u, _, depth = P@[x, y, 0, 1]
+            assert depth < 0 and abs(u/depth + .5 - sum(b[p['personID']][::2])/2) < 3
     assert not (out/'old').exists() and (out/'rectangles.pom').stat().st_size
     with pytest.raises(DataError, match='has no extr_.*expected extr_CVLab1'):
         wildtrack(out)
+
+
+@pytest.fixture(scope='module')
+def hall(tmp_path_factory):
+    "MultiviewX's published calibration and one annotation, with empty pictures."
+    if not (REAL/'multiviewx_calibration').is_dir(): pytest.skip('multiviewx_calibration is absent')
+    root = tmp_path_factory.mktemp('hall')/'m'
+    shutil.copytree(REAL/'multiviewx_calibration', root)
+    for c in range(6):
+        (f := root/'Image_subsets'/f'C{c+1}').mkdir(parents=True)
+        Image.new('L', (1920, 1080)).save(f/'0001.png')
+    return root
+
+
+def test_multiviewx_as_published(hall):
+    "Everybody stands in front of the cameras that show them, feet within 10 pixels."
+    m = multiviewx(hall, clip=False, train_share=1)
+    s, seen = m.train, []
+    assert len(s.row) == 217 and all(1 < c.center[2] < 4 for c in m.cameras)
+    for c, cam in enumerate(m.cameras):
+        b = s.boxes(c, 1)
+        foot, head = (cam.ground_to_image(b.ground, z) + .5 for z in (0, 1.8))
+        off = abs(foot - np.c_[b.xyxy[:, [0, 2]].mean(1), b.xyxy[:, 3]])
+        assert (np.median(off, 0) < [10, 2]).all()
+        assert np.median(abs(head[:, 1] - b.xyxy[:, 1])) < 3
+        seen += cam.visible(np.c_[b.ground, 0*b.ground[:, 0]]).tolist()
+        there = cam.image_to_ground(np.c_[b.xyxy[:, [0, 2]].mean(1), b.xyxy[:, 3]] - .5)
+        assert np.nanmedian(np.linalg.norm(there - b.ground, axis=1)) < .25
+    assert np.mean(seen) > .95  # none of them, before the world was mirrored
+
+
+def test_multiviewx_read_as_right_handed_is_an_error(hall):
+    with pytest.raises(DataError, match='extr_Camera1.xml: puts none of 27 people into their '
+                                        'boxes, and 27 if the world is mirrored'):
+        wildtrack(hall, rig=replace(MULTIVIEWX, left_handed=False))
+    with pytest.raises(DataError, match='extr_Camera.*: puts none of .* people'):
+        wildtrack(hall, rig=replace(MULTIVIEWX, unit=100.))
+
+
+def test_shifted_snapshots(hall, tmp_path, caplog):
+    "Picture k with annotation k or k + 1, as the release has it; said where names show it."
+    root = shutil.copytree(hall, tmp_path/'m')
+    for f in (root/'Image_subsets').rglob('0001.png'): f.rename(f.with_stem('0000'))
+    with caplog.at_level(logging.WARNING, 'reidlit'), pytest.raises(DataError, match='nothing to read'):
+        multiviewx(root)
+    assert 'pictures start at 0, annotations at 1; shift=1 would pair' in caplog.text
+    caplog.clear()
+    s = multiviewx(root, shift=1, train_share=1).train
+    assert s.frames.tolist() == [0]*6 and len(s.row) == 217 and not caplog.records
 
 
 def test_both_widths_in_one_folder(tmp_path, people):
@@ -143,7 +211,7 @@ def test_moved_world():
     Q, s = hall_reader._fit(MULTIVIEWX.grid, np.array([[0., 0], [4, 20]]))
     assert Q[0].tolist() == [0, -1, 0]
     np.testing.assert_allclose(np.array([[0., 0], [4, 20]])@Q[:2, :2].T + s[:2],
-                               [[22.5, 6], [2.5, 10]])
+                               [[22.5, -10], [2.5, -6]])
     X = np.random.default_rng(0).normal(size=(5, 3))
     cam = Camera.look_at((4, -6, 2.5), (0, 0, 1), (96, 64), fov=70, dist=[.1, 0, 0, 0])
     there = move_camera(cam, Q, s)

@@ -9,10 +9,10 @@ __all__ = ['READERS', 'FRAME_READERS', 'WRITERS', 'TRACKLETS', 'CAMERA', 'hold_o
            'SearchSet', 'Splits', 'WILDTRACK', 'as_search', 'check_layout', 'cityflow', 'clip_box', 'coco',
            'crop_folder', 'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish', 'ilids_vid',
            'label_pattern', 'list_images', 'market1501', 'market_rows', 'mars', 'mars_rows', 'mot17', 'mot_sequences',
-           'msmt17', 'multiviewx', 'pets2009', 'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names',
-           'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow', 'write_coco',
-           'write_crowdhuman', 'write_cuhk_sysu', 'write_ilids_vid', 'write_mot', 'write_mot17', 'write_multiviewx',
-           'write_prid2011', 'write_prw']
+           'msmt17', 'multiviewx', 'pets2009', 'pets_frames', 'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot',
+           'read_names', 'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras', 'write_cityflow',
+           'write_coco', 'write_crowdhuman', 'write_cuhk_sysu', 'write_ilids_vid', 'write_mot', 'write_mot17',
+           'write_multiviewx', 'write_prid2011', 'write_prw']
 
 # %% ../../nbs/05f_data.sets.ipynb #5bc8fbbc
 import re
@@ -35,7 +35,8 @@ from .readers.mot import (MotBoxes,MotSequence,mot17,mot_sequences,
     read_mot,write_mot,write_mot17)
 from .readers.msmt17 import msmt17
 from .readers.multiviewx import multiviewx,write_multiviewx
-from .readers.pets2009 import MultiviewDetections,pets2009
+from reidlit.data.readers.pets2009 import (MultiviewDetections,pets2009,
+    pets_frames)
 from reidlit.data.readers.prid import (ilids_vid,prid2011,write_ilids_vid,
     write_prid2011)
 from reidlit.data.readers.search import (SearchSet,as_search,cuhk_sysu,prw,
@@ -55,6 +56,7 @@ _all_ = ['CALIBRATION', 'Film', 'FrameSet', 'Grid', 'MARKET', 'MARS', 'MARS_DIRS
     'crowdhuman', 'cuhk03', 'cuhk_sysu', 'dukemtmc', 'extract_cuhk03', 'finish',
     'ilids_vid', 'label_pattern', 'list_images', 'market1501', 'market_rows', 'mars',
     'mars_rows', 'mot17', 'mot_sequences', 'msmt17', 'multiviewx', 'pets2009',
+    'pets_frames',
     'prid2011', 'prw', 'read_json', 'read_mat', 'read_mot', 'read_names',
     'read_xml', 'trial_mask', 'viper', 'ward', 'wildtrack', 'wildtrack_cameras',
     'write_cityflow', 'write_coco', 'write_crowdhuman', 'write_cuhk_sysu',
@@ -69,7 +71,7 @@ FRAME_READERS = dict(wildtrack=(wildtrack, 'people'),
     multiviewx=(multiviewx, 'people'),
     cityflow=(cityflow, 'vehicles'),
     prw=(prw, 'people'), cuhk_sysu=(cuhk_sysu, 'people'),
-    mot17=(mot17, 'people'))
+    mot17=(mot17, 'people'), pets2009=(pets_frames, 'people'))
 WRITERS = dict(market1501=writers.write_market1501, mars=writers.write_mars,
     wildtrack=writers.write_wildtrack, multiviewx=write_multiviewx,
     cityflow=write_cityflow, prid2011=write_prid2011,

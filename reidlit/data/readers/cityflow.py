@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import DataError,Dropped,write_atomic
-from ...files import as_number,read_json,read_lines
+from ...core import DataError,Dropped,one_size,write_atomic
+from ...files import as_number,read_lines,read_note
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
 from .mot import once_a_frame,read_mot
-from .wildtrack import FrameSet,clip_box
+from .wildtrack import FrameSet,check_lens,clip_box
 from ..writers import writing
 from ...films import Film,even_step,write_film
 from ...geometry import Camera
@@ -141,13 +141,6 @@ class RoadSet(FrameSet):
     clocks:tuple=() # When their films begin, seconds
     origin:tuple=(0., 0.) # Latitude and longitude of 0, 0 in degrees
     __repr__ = FrameSet.__repr__
-    def read(self, i, size=None):
-        im = self.images[i]
-        if not isinstance(im, tuple): return FrameSet.read(self, i, size)
-        film,k = im
-        if size is None: return film[k]
-        im = Image.fromarray(film[k]).resize(size[::-1], Image.BILINEAR)
-        return np.asarray(im)
 
 @patch
 def feet(self:RoadSet)->np.ndarray: # `(B,2)` in metres; NaN at the horizon
@@ -162,7 +155,7 @@ def feet(self:RoadSet)->np.ndarray: # `(B,2)` in metres; NaN at the horizon
     return out
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #a22ebb32
-def _shots(folder, dropped):
+def _shots(folder, verify, dropped):
     "`{number: picture}` of a camera, numbers from 1, and its size `(W,H)`."
     for name in ('img1', 'frames'):
         if not (here := folder/name).is_dir(): continue
@@ -171,10 +164,7 @@ def _shots(folder, dropped):
         shots = dict(zip(c['k'].tolist(), paths))
         if not shots: raise DataError(here, 'no pictures', '000001.jpg etc.')
         if 0 in shots: raise DataError(here, 'counts from 0', '000001.jpg')
-        try:
-            with Image.open(paths[0]) as im: return shots, im.size
-        except OSError as e:
-            raise DataError(paths[0], f'not a readable image ({e})') from None
+        return shots, one_size(paths, None, here, verify)
     film = Film(check_layout(folder, ['vdo.avi'], 'vdo.avi or img1')/'vdo.avi')
     return {k+1:(film, k) for k in range(len(film))}, film.size
 
@@ -194,8 +184,10 @@ def _geometry(folders, sizes, origin, guess):
         Hs.append(_front(cal.H@A, size))
         Hs[-1] /= np.linalg.norm(Hs[-1])
         known = guess or cal.K is not None
-        try: cams.append(camera_from_homography(Hs[-1], size, cal.K, cal.dist)
-                         if known else None)
+        try:
+            if cal.K is not None: check_lens(cal.K, size)
+            cams.append(camera_from_homography(Hs[-1], size, cal.K, cal.dist)
+                        if known else None)
         except ValueError as e:
             raise DataError(f/'calibration.txt', str(e)) from None
     return Hs, cams if any(cams) else None, origin
@@ -213,9 +205,9 @@ def _labels(folder, shots, clip, size, dropped):
         elif kept := clip_box(box, size, dropped, label):
             yield k, kept, pid, kept!=box
 
-def _film_rows(c, folder, clock, every, clip, dropped):
+def _film_rows(c, folder, clock, every, clip, verify, dropped):
     "A camera's pictures `((moment, c), picture)`, their boxes, and its size."
-    shots,size = _shots(folder, dropped)
+    shots,size = _shots(folder, verify, dropped)
     numbers = sorted(shots)
     when = dict(zip(numbers, moments(numbers, *clock).tolist()))
     rows = {}
@@ -238,14 +230,16 @@ def _scenario(root, scenario):
 
 def _clocks(root, here, cams, sync):
     "`(start, rate)` of each camera, and a written world's origin or `None`."
-    f,note = root/'cam_timestamp'/f'{here.name}.txt',root/'reidlit.json'
+    f = root/'cam_timestamp'/f'{here.name}.txt'
     form = {'rate?':float, 'origin?':(float, float)}
-    about = read_json(note, form) if note.exists() else {}
+    about = read_note(root, form) or {}
     found = read_clocks(f) if sync else {}
     if sync and (no := [c.name for c in cams if c.name not in found]):
         raise DataError(f, f'no clock of {", ".join(no)}', 'or sync=False')
-    rate = lambda n: float(about.get('rate', RATES.get(n, 10.)))
-    clocks = [(found.get(c.name, 0.), rate(c.name)) for c in cams]
+    rates = [about.get('rate', RATES.get(c.name, 10.)) for c in cams]
+    if not 0<rates[0]<=1000:
+        raise DataError(root/'reidlit.json', f'rate is {rates[0]}', 'above 0')
+    clocks = [(found.get(c.name, 0.), r) for c,r in zip(cams, rates)]
     return clocks, about.get('origin')
 
 # %% ../../../nbs/05c_data.readers.cityflow.ipynb #2f33f25a
@@ -263,7 +257,7 @@ def cityflow(
     root,d = check_layout(root, [], 'CityFlow\'s folder'),Dropped()
     here,folders = _scenario(root, scenario)
     clocks,origin = _clocks(root, here, folders, sync)
-    films = [_film_rows(c, f, clock, every, clip, d)
+    films = [_film_rows(c, f, clock, every, clip, verify, d)
              for c,(f,clock) in enumerate(zip(folders, clocks))]
     shots = {k:v for film,_,_ in films for k,v in film.items()}
     keys = sorted(shots)

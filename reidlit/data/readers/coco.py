@@ -6,11 +6,12 @@
 __all__ = ['coco', 'write_coco']
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #8a4d07b7
-import json,shutil
+import json,os,shutil
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ...core import DataError,Dropped,write_atomic
+from ...core import (DataError,Dropped,one_size,path_in,picture_size,
+    write_atomic)
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import writing
@@ -47,12 +48,14 @@ def _chosen(categories, names, path):
     return {known[n]['id'] for n in names}
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #818b9712
-def _present(images, root, path, dropped):
+def _present(images, root, path, verify, dropped):
     "`{id: (path, (W,H))}` of the pictures that are there, sorted."
     found = {}
     for i,o in sorted(images.items()):
-        file,size = root/o['file_name'],(int(o['width']), int(o['height']))
-        if file.exists(): found[i] = file,size
+        file,size = path_in(root, o['file_name'], path),(o['width'], o['height'])
+        size = tuple(map(int, size))
+        if os.path.lexists(file):
+            found[i] = file,one_size([file], size, path, verify)
         else: dropped.add('picture without a file', file.name)
     return found
 
@@ -69,7 +72,7 @@ def coco(
     root,path = check_layout(images, [], 'pictures'),Path(annotations)
     (pictures,notes,kinds),d = _lists(path),Dropped()
     chosen = _chosen(kinds, category, path)
-    kept = _present(pictures, root, path, d)
+    kept = _present(pictures, root, path, verify, d)
     boxes,other = [],'single one' if crowd else 'crowd'
     for k,o in notes.items():
         i,label = o['image_id'],f'annotation {k}'
@@ -119,7 +122,7 @@ def write_coco(
         pictures = []
         for i,k in enumerate(numbers):
             name = _save_picture(s, i, folder, k)
-            with Image.open(folder/name) as im: w,h = im.size
+            w,h = picture_size(folder/name)
             pictures.append(dict(id=k, file_name=name, width=w, height=h))
         both = enumerate(zip(s.row.tolist(), s.xyxy.tolist()), 1)
         notes = [dict(id=b, image_id=numbers[r], category_id=1, iscrowd=0,

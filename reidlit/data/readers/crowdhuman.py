@@ -6,10 +6,9 @@
 __all__ = ['crowdhuman', 'write_crowdhuman']
 
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #22681e75
-import json
+import json,os
 from pathlib import Path
-from PIL import Image
-from ...core import DataError,Dropped,write_atomic
+from ...core import DataError,Dropped,path_in,picture_size,write_atomic
 from ...files import parse_json,read_lines
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
@@ -50,11 +49,10 @@ def crowdhuman(
     root = check_layout(root, ('Images', name), f'folder Images and {name}')
     kept,rows,d = [],[],Dropped()
     for f,boxes in _odgt(root/name, box):
-        path = root/'Images'/f'{f}.jpg'
-        try:
-            with Image.open(path) as im: size = im.size
-        except FileNotFoundError: d.add('picture without a file', f); continue
-        except (OSError, SyntaxError): d.add('unreadable picture', f); continue
+        path = path_in(root/'Images', f'{f}.jpg', root/name)
+        if not os.path.lexists(path): d.add('picture without a file', f); continue
+        try: size = picture_size(path)
+        except DataError: d.add('unreadable picture', f); continue
         for o in boxes:
             whole,off = _gtbox(o, box)
             if off!=ignored:

@@ -16,7 +16,7 @@ from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
 from .mars import load_mat
 from .viper import as_splits,trial_mask
-from ...files import as_wholes,read_json
+from ...files import as_wholes,read_note
 
 # %% ../../../nbs/04e_data.readers.cuhk03.ipynb #b5ca8b17
 @contextmanager
@@ -84,10 +84,10 @@ def extract_cuhk03(
 # %% ../../../nbs/04e_data.readers.cuhk03.ipynb #663d5ac6
 def _classic(s, root, folder, split):
     "Rows of a classic split: listed people test, all others train."
-    note,path = folder/'reidlit.json',_cuhk03_mat(root)
+    path = _cuhk03_mat(root)
     form = {'testsets?':[[(int, int)]]} # absent in older notes
-    tests = read_json(note, form).get('testsets') if note.exists() else None
-    if tests: path = note
+    tests = (read_note(folder, form) or {}).get('testsets')
+    if tests: path = folder/'reidlit.json'
     tests = [np.reshape(t, (-1, 2)).astype(int)
              for t in tests or _read_tests(path)]
     if not 0<=split<len(tests):

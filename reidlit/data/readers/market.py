@@ -26,6 +26,11 @@ def _numbers(labels):
         return np.array([int(o) for o in labels], np.int64)
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
+def _low(name):
+    "A name whose ending is in small letters."
+    start,_,end = name.rpartition('.')
+    return f'{start}.{end.lower()}'
+
 def read_names(
     paths, # Paths or texts
     pattern, # A compiled regular expression with named groups
@@ -35,7 +40,7 @@ def read_names(
     "Columns of numbers out of file names."
     kept,rows = [],[]
     for p in paths:
-        m = pattern.fullmatch(part(p))
+        m = pattern.fullmatch(part(p)) or pattern.fullmatch(_low(part(p)))
         row = m.groupdict() if m else {'': None}
         if None in row.values(): dropped.add('name not understood', part(p))
         else: kept.append(p); rows.append(row)

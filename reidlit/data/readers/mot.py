@@ -12,9 +12,8 @@ from dataclasses import dataclass,fields,replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
-from ...core import (DataError,Dropped,as_boxes,as_labels,read_text,
-    rng_for,write_atomic)
+from ...core import (DataError,Dropped,as_boxes,as_labels,one_size,path_in,
+    read_text,rng_for,write_atomic)
 from ...files import as_number,as_whole,read_lines
 from .market import Splits,check_layout,check_pixels,finish
 from .wildtrack import FrameSet,clip_box
@@ -196,11 +195,15 @@ def read_sequence(
     whole = lambda v: as_whole(v, least=1)
     n,rate = get('seqLength', whole, True),get('frameRate', as_number)
     size = get('imWidth', whole),get('imHeight', whole)
-    here = folder/(get('imDir') or 'img1')
-    images = [here/f'{k:06d}{get("imExt") or ".jpg"}' for k in range(1, n+1)]
-    if not here.is_dir(): images = []
+    ini = folder/'seqinfo.ini'
+    if rate is not None and not 0<rate<=1000:
+        raise DataError(ini, f'frameRate={rate}', 'above 0')
+    here,end = path_in(folder, get('imDir') or 'img1', ini),get('imExt') or '.jpg'
+    images = [path_in(here, f'{k:06d}{end}', ini) for k in range(1, n+1)] \
+        if here.is_dir() else []
     if gone := [p for p in images if not p.is_file()]: raise DataError(gone[0],
         f'no such file, and {len(gone)-1} more', f'{n} pictures')
+    if images and all(size): one_size(images[:1], size, ini)
     truth,found = (_in_film(folder/k/f'{k}.txt', n) for k in ('gt', 'det'))
     return MotSequence(get('name') or folder.name, images, n, rate,
                        size if all(size) else None, truth, found)
@@ -245,9 +248,7 @@ def _frame_set(films, name, dropped, truth):
     for c,s in enumerate(films):
         if not s.images:
             raise DataError(s.name, 'no pictures', 'img1/000001.jpg')
-        size = s.size
-        if size is None:
-            with Image.open(s.images[0]) as im: size = im.size
+        size = s.size or one_size(s.images[:1])
         boxes += _film_boxes(s, c, size, len(images), pid, dropped)
         if s.truth is None and truth: raise DataError(s.images[0].parent.parent,
             'has no gt/gt.txt', 'the truth of a film to train on')

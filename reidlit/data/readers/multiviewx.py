@@ -12,23 +12,25 @@ from pathlib import Path
 import numpy as np
 from ...core import write_atomic
 from .market import Splits
-from .wildtrack import Grid,Rig,wildtrack
+from .wildtrack import MIRROR,Grid,Rig,mirrored,wildtrack
 from ..writers import camera_xml,write_wildtrack,writing
 from ...geometry import Camera
 
 # %% ../../../nbs/05b_data.readers.multiviewx.ipynb #2ca6cf8d
 MULTIVIEWX = Rig('multiviewx', (), 'Camera', unit=1.,
                  files=('intrinsic/intr', 'extrinsic/extr'),
-                 grid=Grid((0., 0.), (1000, 640), .025))
+                 grid=Grid((0., 0.), (1000, 640), .025), left_handed=True)
 
 def multiviewx(
     root, # Holds `Image_subsets`, `annotations_positions`, `calibrations`
     clip:bool=True, # Cut boxes at the border of the picture
     train_share:float=.9, # Of the moments, the first ones
-    verify:bool=False # Open every picture
-)->Splits: # `FrameSet`s train and test, with `cameras` in metres
+    verify:bool=False, # Open every picture
+    shift:int=0 # Picture k belongs to annotation k + shift: 0 or 1
+)->Splits: # `FrameSet`s train and test, with `cameras` in metres; y is turned round
     "MultiviewX, names of any width; `DataError` names what is broken."
-    return wildtrack(root, clip, train_share, verify, MULTIVIEWX)
+    rig = replace(MULTIVIEWX, shift=shift)
+    return wildtrack(root, clip, train_share, verify, rig)
 
 # %% ../../../nbs/05b_data.readers.multiviewx.ipynb #18201ee9
 def move_camera(
@@ -48,18 +50,19 @@ def _fit(grid, *groups):
         for Q in (np.eye(3), np.array([[0., -1, 0], [1, 0, 0], [0, 0, 1]])):
             p = xy@Q[:2, :2].T
             low,high = p.min(0), p.max(0)
-            shift = np.add(grid.origin, size/2) - (low+high)/2
+            shift = np.add(grid.origin, size/2)*MIRROR[:2] - (low+high)/2
             if (high-low<=size-grid.cell).all(): return Q, np.append(shift, 0)
     return Q, np.append(shift, 0)
 
 class _Moved:
-    "A world elsewhere: its cameras and places, moved together."
+    "A world elsewhere, as left-handed files have it: moved, then mirrored."
     def __init__(self, world, Q, s):
         self.world,self.Q,self.s,self.frame = world,Q,s,world.frame
-        self.cameras = [move_camera(c, Q, s) for c in world.cameras]
+        self.cameras = [mirrored(move_camera(c, Q, s)) for c in world.cameras]
     def boxes(self, *args):
         b = self.world.boxes(*args)
-        return replace(b, ground=b.ground@self.Q[:2, :2].T + self.s[:2])
+        ground = b.ground@self.Q[:2, :2].T + self.s[:2]
+        return replace(b, ground=ground*MIRROR[:2])
 
 # %% ../../../nbs/05b_data.readers.multiviewx.ipynb #1fae544f
 def _rename(old, new, digits):

@@ -15,7 +15,7 @@ from .market import (Splits,check_layout,
     list_images,read_names,readable)
 from .mars import read_mat
 from .viper import as_splits,trial_mask
-from ...files import read_json
+from ...files import read_note
 from ..writers import mat_bytes,save_picture,writing
 
 # %% ../../../nbs/04g_data.readers.prid.ipynb #240bca63
@@ -64,11 +64,10 @@ def _films(root, dirs, pattern, name, example, verify):
 # %% ../../../nbs/04g_data.readers.prid.ipynb #6e445a2b
 def _shared(folder):
     "Up to which number both cameras count alike: 200, or as a writer noted."
-    f = folder/'reidlit.json'
-    if not f.exists(): return 200
-    try: return int(read_json(f, dict(shared=int))['shared'])
-    except DataError as e: raise DataError(f, f'no usable number ({e.problem})',
+    try: about = read_note(folder, dict(shared=int))
+    except DataError as e: raise DataError(e.path, f'no usable number ({e.problem})',
         'shared, as write_prid2011 notes it') from None
+    return 200 if about is None else int(about['shared'])
 
 def _halves(s, train, root, example):
     "The rows of `train`; camera 0 asks about the others, camera 1 answers."

@@ -7,14 +7,13 @@ __all__ = ['UNNAMED', 'PRW', 'PRW_FILES', 'CUHK', 'SearchSet', 'one_each', 'all_
            'cuhk_sysu', 'write_cuhk_sysu']
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #0503a0d4
-import re
+import os,re
 from dataclasses import dataclass,replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
-from ...core import (DataError,Dropped,check_shapes,rng_for,
-    write_atomic)
+from ...core import (DataError,Dropped,check_shapes,path_in,picture_size,
+    rng_for,write_atomic)
 from ...files import as_number,as_whole,as_wholes,read_lines
 from .market import check_layout,finish,read_names
 from .mars import load_mat
@@ -127,22 +126,19 @@ def _prw_boxes(path):
     return [([x, y, x+w, y+h], int(pid)) for pid,x,y,w,h in x.tolist()]
 
 # %% ../../../nbs/04h_data.readers.search.ipynb #b1e72285
-def _size(path):
-    "`(W,H)` of a picture."
-    with Image.open(path) as im: return im.size
-
-def _frames(folder, people, name, dropped):
+def _frames(folder, people, name, dropped, table=''):
     "The pictures of `{file name: [(xyxy, pid)]}` that are there."
     kept,rows = [],[]
     for f,boxes in people.items():
-        try: size = _size(folder/f)
-        except FileNotFoundError: dropped.add('picture without a file', f)
-        except (OSError, SyntaxError): dropped.add('unreadable picture', f)
+        path = path_in(folder, f, table or folder)
+        if not os.path.lexists(path): dropped.add('picture without a file', f); continue
+        try: size = picture_size(path)
+        except DataError: dropped.add('unreadable picture', f)
         else:
             for whole,pid in boxes:
                 box = clip_box(whole, size, dropped, f'{f}, person {pid}')
                 if box: rows.append((len(kept), box, pid, box!=whole))
-            kept.append(folder/f)
+            kept.append(path)
     at,xyxy,pids,cut = zip(*rows) if rows else ((),)*4
     return FrameSet(kept, None, None, at, xyxy, pids, cut=cut, name=name,
                     dropped=dropped, unnamed=np.array(pids, int)==UNNAMED)
@@ -150,12 +146,12 @@ def _frames(folder, people, name, dropped):
 # %% ../../../nbs/04h_data.readers.search.ipynb #0477a54c
 def _asked(test, asked, dropped):
     "Queries `[(file name, xyxy, pid)]` on the test's pictures; which are left."
-    row,found = {Path(p).name:i for i,p in enumerate(test.images)},[]
+    row,found = {Path(p).stem:i for i,p in enumerate(test.images)},[]
     for k,(f,whole,pid) in enumerate(asked):
         label = f'{f}, person {pid}'
-        if f not in row: dropped.add('query without a picture', label); continue
-        i = row[f]
-        box = clip_box(whole, _size(test.images[i]), dropped, label)
+        i = row.get(Path(f).stem)
+        if i is None: dropped.add('query without a picture', label); continue
+        box = clip_box(whole, picture_size(test.images[i]), dropped, label)
         if box: found.append((i, box, pid, box!=whole, k))
     at,xyxy,pids,cut,left = zip(*found) if found else ((),)*5
     return replace(test, row=at, xyxy=xyxy, pids=pids, cut=cut, unnamed=None,
@@ -201,7 +197,7 @@ def _prw_part(root, part, verify):
         boxes = _prw_boxes(note)
         people[f] = [o for i,o in enumerate(boxes) if o not in boxes[:i]]
         for _ in boxes[len(people[f]):]: d.add('box that is there twice', f)
-    s = _frames(root/'frames', people, f'prw {part}', d)
+    s = _frames(root/'frames', people, f'prw {part}', d, path)
     _,c = read_names(s.images, PRW, Dropped())
     s = replace(s, camids=c['cam']-1, frames=(c['seq']-1)*1_000_000+c['frame'])
     return finish(s, path, 'c1s1_000151 and its picture and annotation', verify)
@@ -395,7 +391,7 @@ def _corners(boxes):
 
 def _listed(test, tests, left, pool, path, dropped):
     "The galleries that are written down, as `(Q,N)` bool."
-    row = {p.name:i for i,p in enumerate(test.images)}
+    row = {p.stem:i for i,p in enumerate(test.images)}
     gallery = np.zeros((len(left), len(test)), bool)
     for q,k in enumerate(left):
         _,(own,_),found = tests[k]
@@ -403,7 +399,7 @@ def _listed(test, tests, left, pool, path, dropped):
             if f not in pool: raise DataError(path,
                 f'query {k+1} searches {f}', 'pictures of pool.mat')
             if f==own: dropped.add("query's own picture in its gallery", f)
-            elif f in row: gallery[q, row[f]] = True
+            elif Path(f).stem in row: gallery[q, row[Path(f).stem]] = True
     return gallery
 
 def _test_path(lists, size):
@@ -434,7 +430,8 @@ def cuhk_sysu(
     parts = [f for f in people if f not in pool],[f for f in pool if f in people]
     train,test = (finish(
         _frames(folder, {f:_corners(people[f]) for f in part},
-                f'cuhk_sysu {k}', dropped), root, 'Image/SSM/s1.jpg', verify)
+                f'cuhk_sysu {k}', dropped, root/CUHK[1]), root, 'Image/SSM/s1.jpg',
+        verify)
         for part,k,dropped in zip(parts, ('train', 'test'), d))
     asked = [(f, *_corners({b:pid})[0]) for pid,(f,b),_ in tests]
     queries,left = _asked(test, asked, d[2])
