@@ -503,9 +503,10 @@ def customise_camera(
                    f'{a.confirmed.sum()} confirmed')
     path = save_detector(made.detector, out/'detector.safetensors', half=False,
                          camera=camera)
-    both = dict(base=scores, custom=scores and detector_scores(made.detector, own, size))
-    for word,found in both.items():
-        if found: typer.echo(f'{word}: '+', '.join(f'{k} {v:.3f}' for k,v in found.items()))
+    both = dict(base=scores, custom=detector_scores(made.detector, own, size)) \
+        if scores else {}
+    for word,found in both.items(): typer.echo(
+        f'{word}: '+', '.join(f'{k} {v:.3f}' for k,v in found.items()))
     typer.echo(f'in {path}')
 
 # %% ../nbs/80_cli.ipynb #bc4fb04c

@@ -274,7 +274,7 @@ def as_boxes(
     area:bool=False, # Must all have an area?
     padding:bool=False, # Is NaN allowed, for no box?
     size:tuple|None=None, # `(W,H)` of the picture: all must reach into it
-    where=str # What a box's number is called in messages, a function
+    where=lambda i: '' # A function of a box's number: which picture, for messages
 )->np.ndarray: # The same shape, float64; `(0,4)` for an empty list
     "Boxes as an array; `ValueError` names the first that is not xyxy."
     x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, float)
@@ -287,9 +287,9 @@ def as_boxes(
                     (size is not None and ((a>=size) | (b<=0)),
                      f'it is outside a picture of {size}')):
         if len(at := np.argwhere(np.any(bad, -1))):
-            box = ', '.join(map(where, at[0].tolist()))
+            box,of = ', '.join(map(str, at[0])),where(at[0][-1])
             raise ValueError(f'{name}: box {box} {x[tuple(at[0])]} '
-                             f'is not xyxy: {why}')
+                             f'is not xyxy: {why}'+f', in {of}'*bool(of))
     return x
 
 # %% ../nbs/00_core.ipynb #d4ee7ce9
@@ -381,7 +381,9 @@ def one_size(
 )->tuple: # `(W,H)`
     "The size of all the pictures; `DataError` names the first with another."
     for p in paths:
-        try: found = picture_size(p)
+        try:
+            found = picture_size(p)
+            if verify and (size is None or found!=tuple(size)): open_picture(p)
         except DataError:
             if verify: continue
             raise

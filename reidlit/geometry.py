@@ -13,12 +13,13 @@ from numpy.polynomial import Polynomial
 from .core import check_shapes
 
 # %% ../nbs/02_geometry.ipynb #4a841a01
-def _finite(x, name, shape):
+def _finite(x, name, shape, most=np.finfo(float).max):
     "`x` as a float64 array of that shape."
     x = np.array(x, float)
     if x.shape!=shape:
         raise ValueError(f'{name} has shape {x.shape}; expected {shape}')
-    if not np.isfinite(x).all(): raise ValueError(f'{name} is not finite: {x}')
+    if not (abs(x)<=most).all(): raise ValueError(
+        f'{name} is not finite, or above {most:g}: {x.tolist()}')
     return x
 
 def _points(x, d, name):
@@ -40,8 +41,8 @@ class Camera:
     dist:np.ndarray|None=None # 4 to 8 of OpenCV's k1 k2 p1 p2 k3 k4 k5 k6
 
     def __post_init__(self):
-        self.K,self.R = (_finite(getattr(self, k), k, (3, 3)) for k in 'KR')
-        self.t = _finite(self.t, 't', (3,))
+        self.K,self.R = (_finite(getattr(self, k), k, (3, 3), 1e12) for k in 'KR')
+        self.t = _finite(self.t, 't', (3,), 1e12)
         size = _finite(self.size, 'size', (2,))
         K,R,d = self.K,self.R,np.ravel([] if self.dist is None else self.dist)
         if (size<1).any() or (size%1).any():
@@ -55,7 +56,7 @@ class Camera:
         if len(d) not in (0, 4, 5, 6, 7, 8):
             raise ValueError(f'dist has {len(d)} coefficients; expected 4 to 8')
         self.size = tuple(int(s) for s in size)
-        self.dist = _finite([*d, *[0]*(8-len(d))], 'dist', (8,))
+        self.dist = _finite([*d, *[0]*(8-len(d))], 'dist', (8,), 1e6)
 
     @property
     def center(self): return -self.R.T@self.t

@@ -202,7 +202,7 @@ ODD = ['two\nlines', 'not\udcfftext', '$\\bad{$', 'x'*200, '\x1b[31mred', 'ünï
 def test_odd_names_do_not_end_a_search(tmp_path):
     "All is found, listed and drawn, whatever the pictures are called."
     from reidlit.cli import train_method
-    train_method('baseline', preset='ci', out=tmp_path/'run', people=12, cameras=2, say=lambda *_: 0)
+    train_method('baseline', preset='ci', out=tmp_path/'run', people=60, cameras=2, say=lambda *_: 0)
     (tmp_path/'g').mkdir()
     for i, n in enumerate(ODD):
         Image.fromarray(np.roll(AB, i, 0)).resize((32, 64)).save(tmp_path/'g'/f'{n}.png')

@@ -32,9 +32,9 @@ def picture(path, size=(8, 16)):
     return path
 
 
-def broken(path):
+def broken(path, size=(64, 64)):
     "A picture that ends in the middle."
-    Image.effect_noise((64, 64), 60).convert('RGB').save(path)
+    Image.effect_noise(size, 60).convert('RGB').save(path)
     data = path.read_bytes()
     path.write_bytes(data[:len(data)//2])
     return path
@@ -334,7 +334,7 @@ def test_wildtrack_tally(tmp_path):
         viewNum=0, xmin=-1, ymin=-1, xmax=-1, ymax=-1)]))
     note.write_text(json.dumps(people))
     (root/'annotations_positions'/'00000010.json').unlink()
-    broken(root/'Image_subsets'/'C1'/'00000005.png')
+    broken(root/'Image_subsets'/'C1'/'00000005.png', (192, 108))
     w = wildtrack(root, train_share=1, verify=True)
     assert {k: len(v) for k, v in w.train.dropped.reasons.items()} == {
         'picture without annotation': 2, 'box outside the picture': 1,

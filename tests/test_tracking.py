@@ -273,6 +273,8 @@ def test_mot17_of_a_world(tmp_path, hall, caplog):
     assert files(out) == files(again) and len(files(out)) == 2*(3+10)+1
     with pytest.raises(DataError, match='not empty'): write_mot17(hall, out)
     s = FRAME_READERS['mot17'][0](out).train
+    truth = read_mot(out/'train'/'MOT17-01-FRCNN'/'gt'/'gt.txt')  # nobody is lost, nor how much of them is seen
+    assert sorted(s.visible[s.camids[s.row] == 0]) == sorted(truth.visible[truth.counts]) and s.visible.min() < 1
     assert len(s) == 20 and set(s.camids) == {0, 1} and WRITERS['mot17'] is write_mot17
     for i in (3, 12):
         c, k = s.camids[i], s.frames[i]

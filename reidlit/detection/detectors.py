@@ -21,7 +21,7 @@ from torchvision.models.detection.roi_heads import RoIHeads,fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork,MultiScaleRoIAlign
 from .._moved import moved_names
-from ..core import DataError,as_boxes,check_shapes
+from ..core import DataError,as_boxes,as_scores,check_shapes
 from ..models import TinyNet,in_mode
 from ..runs import load_model,save_model
 
@@ -42,7 +42,7 @@ class Detections:
             x = getattr(self, k)
             x = np.ones(n, kind) if x is None else np.asarray(x, kind)
             check_shapes(**{k:(x, str(n))})
-            setattr(self, k, x)
+            setattr(self, k, as_scores(x, k) if k=='scores' else x)
 
     def __len__(self): return len(self.xyxy)
     def __getitem__(self, i):

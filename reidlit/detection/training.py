@@ -18,7 +18,8 @@ from fastai.optimizer import SGD,Adam
 from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor
-from ..core import active_preset,data_home,default_device,rng_for,seed_all
+from ..core import (active_preset,as_boxes,data_home,default_device,
+    rng_for,seed_all)
 from ..data.sampling import BatchSampler
 from ..data.sets import FrameSet
 from ..data.world import World
@@ -82,7 +83,8 @@ def join_frames(
 def own_targets(
     items:FrameSet # Frames with boxes
 )->list: # `Detections` of each
-    "The set's own boxes as targets."
+    "The set's own boxes as targets; `ValueError` names one without area."
+    as_boxes(items.xyxy, items.name, area=True, where=items.where)
     return [Detections(items.xyxy[items.row==i]) for i in range(len(items))]
 
 def frame_at_size(

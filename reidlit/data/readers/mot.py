@@ -93,8 +93,8 @@ def _mot_row(line):
     if not 6<=len(row)<=10: raise ValueError(f'{len(row)} numbers')
     as_whole(row[0], 'frame', 1); as_whole(row[1], 'identity')
     if min(row[4:6])<0: raise ValueError('a size below 0')
-    if len(row)!=9: return [*(row+[1.])[:7], -1, -1]
-    return [*row[:7], as_whole(row[7], 'class', -1), row[8]]
+    if len(row) not in (8, 9): return [*(row+[1.])[:7], -1, -1]
+    return [*row[:7], as_whole(row[7], 'class', -1), (row+[1.])[8]]
 
 def read_mot(
     path, # Lines `frame,id,left,top,width,height,score`, perhaps with more
@@ -108,7 +108,7 @@ def read_mot(
     x = np.reshape(read_lines(path, one, said), (-1, 9))
     a = x[:, 2:4]-first
     check_pixels(np.c_[a, a+x[:, 4:6]], path)
-    has = (x[:, 7]>=1).any() # -1 in a file with classes: a person
+    has = (x[:, 7:]>=0).any() # else a result; -1 in a truth: a person
     return MotBoxes(x[:, 0].astype(int), x[:, 1].astype(int),
         np.c_[a, a+x[:, 4:6]], x[:, 6],
         np.where(x[:, 7]<1, 1, x[:, 7]).astype(int) if has else None,
@@ -119,14 +119,16 @@ def _short(v): return f'{v:.3f}'.rstrip('0').rstrip('.')
 
 def write_mot(
     path, # The file to make or replace
-    boxes:MotBoxes, # With `labels`: a truth, else a result
+    boxes:MotBoxes, # With `labels` or `visible`: a truth, else a result
     first:int=1 # Number of the first pixel
 )->Path: # The path
     "The file, replaced in one step."
     b = boxes[np.lexsort((boxes.pids, boxes.frames))]
     place = np.c_[b.xyxy[:, :2]+first, b.xyxy[:, 2:]-b.xyxy[:, :2]]
     seen = np.ones(len(b)) if b.visible is None else b.visible
-    end = [(-1, -1, -1)]*len(b) if b.labels is None else zip(b.labels, seen)
+    kind = np.ones(len(b)) if b.labels is None else b.labels
+    truth = b.labels is not None or b.visible is not None
+    end = zip(kind, seen) if truth else [(-1, -1, -1)]*len(b)
     lines = [','.join([str(f), str(p), *map(_short, (*x, s, *e))])+'\n'
              for f,p,x,s,e in zip(b.frames, b.pids, place, b.scores, end)]
     return write_atomic(Path(path), ''.join(lines).encode())
@@ -233,14 +235,15 @@ def mot_sequences(
 
 # %% ../../../nbs/04i_data.readers.mot.ipynb #dc92f6a6
 def _film_boxes(s, c, size, row, pid, dropped):
-    "Rows `(picture, box, pid, cut)` of the boxes of a film that count."
+    "Rows `(picture, box, pid, cut, visible)` of a film's boxes that count."
     if s.truth is None: return
-    for f,p,box,ok in zip(s.truth.frames.tolist(), s.truth.pids.tolist(),
-                          s.truth.xyxy.tolist(), s.truth.counts):
+    t,seen = s.truth,np.ones(len(s.truth)) if s.truth.visible is None else s.truth.visible
+    for f,p,box,ok,v in zip(t.frames.tolist(), t.pids.tolist(), t.xyxy.tolist(),
+                            t.counts, seen):
         label = f'{s.name}, frame {f}, {p}'
         if not ok: dropped.add('box that does not count', label)
         elif kept := clip_box(box, size, dropped, label):
-            yield row+f-1, kept, pid+p, kept!=box
+            yield row+f-1, kept, pid+p, kept!=box, v
 
 def _frame_set(films, name, dropped, truth):
     "One `FrameSet` of many films."
@@ -255,9 +258,9 @@ def _frame_set(films, name, dropped, truth):
         if s.truth is not None: pid += max(0, *s.truth.pids, 0)
         images += s.images
         camids += [c]*len(s); frames += range(1, len(s)+1)
-    row,xyxy,pids,cut = zip(*boxes) if boxes else ((),)*4
+    row,xyxy,pids,cut,seen = zip(*boxes) if boxes else ((),)*5
     return FrameSet(images, camids, frames, row, xyxy, pids, None, cut, None,
-                    name, dropped)
+                    name, dropped, visible=np.array(seen, float))
 
 def mot17(
     root, # Holds `train` and maybe `test`
@@ -295,9 +298,13 @@ def join_boxes(
     tables, # `MotBoxes` each, one at least; all with classes or none
     name:str='' # Of the whole
 )->MotBoxes:
-    "Tables one below the other."
-    keys = [k for k in ('frames', 'pids', 'xyxy', 'scores', 'labels', 'visible')
-            if getattr(tables[0], k) is not None]
+    "Tables one below the other; `ValueError` if only some have classes."
+    def known(o): return [k for k in ('frames', 'pids', 'xyxy', 'scores', 'labels',
+                                      'visible') if getattr(o, k) is not None]
+    keys = known(tables[0])
+    for o in tables:
+        if known(o)!=keys: raise ValueError(
+            f'{o.name or name}: {known(o)}, others have {keys}')
     return MotBoxes(**{k:np.concatenate([getattr(o, k) for o in tables])
                        for k in keys}, name=name)
 

@@ -194,26 +194,27 @@ class FrameSet:
     dropped:Dropped=field(default_factory=Dropped) # What was left out
     unnamed:np.ndarray|None=field(default=None, kw_only=True)
         # Somebody of whom nobody knows who it is `(B,)` bool
+    visible:np.ndarray|None=field(default=None, kw_only=True)
+        # Shares of people that are to be seen `(B,)`, 0..1
 
     def __post_init__(self):
         for k in ('camids', 'frames', 'row', 'pids'):
             if (x := getattr(self, k)) is not None:
                 setattr(self, k, np.asarray(x, np.int64))
-        of = lambda b: f'{b} of {self.where(b)}'
-        x = as_boxes(self.xyxy, f'{self.name} xyxy', where=of)
+        x = as_boxes(self.xyxy, f'{self.name} xyxy', where=self.where)
         self.xyxy = x.astype(np.float32)
         for k in ('cut', 'unnamed'):
             x,none = getattr(self, k),np.zeros(len(self.row), bool)
             setattr(self, k, none if x is None else np.asarray(x, bool))
         shapes = dict(images='N', camids='N', frames='N', row='B', xyxy='B 4',
-                      pids='B', ground='B 2', cut='B', unnamed='B')
+                      pids='B', ground='B 2', cut='B', unnamed='B', visible='B')
         known = {k:(getattr(self, k), v) for k,v in shapes.items()}
         known['images'] = np.empty(len(self)),'N'
         check_shapes(**{k:v for k,v in known.items() if v[0] is not None})
     def __len__(self): return len(self.images)
     def where(self, b): # what a box's picture is called in messages
         im = self.images[i := self.row[b]]
-        return im if isinstance(im, (str, Path)) else f'picture {i}'
+        return str(im) if isinstance(im, (str, Path)) else f'picture {i}'
     def __str__(self):
         parts = [f'{len(self):,} pictures', f'{len(self.row):,} boxes']
         flags = {'cut at the border':self.cut, 'unnamed':self.unnamed}
@@ -244,7 +245,7 @@ def __getitem__(self:FrameSet,
                    row=place[self.row[b]],
                    **{k:take(k, i) for k in ('camids', 'frames')},
                    **{k:take(k, b) for k in ('xyxy', 'pids', 'ground', 'cut',
-                                             'unnamed')})
+                                             'unnamed', 'visible')})
 
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #a952b084
 @patch
@@ -252,7 +253,7 @@ def only(self:FrameSet,
     b # A mask `(B,)`, indices or a slice, of boxes
 )->FrameSet: # All the pictures, with those boxes
     "The same pictures with some of the boxes."
-    kinds = ('row', 'xyxy', 'pids', 'ground', 'cut', 'unnamed')
+    kinds = ('row', 'xyxy', 'pids', 'ground', 'cut', 'unnamed', 'visible')
     found = {k:getattr(self, k) for k in kinds}
     return replace(self, **{k:v[b] for k,v in found.items() if v is not None})
 
@@ -352,13 +353,14 @@ def _boxes(path, t, pictures, sizes, grid, rig, clip, dropped):
                 yield key, kept, pid, place, kept!=box
 
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #324be709
-def _in_boxes(camera, ground, xyxy):
-    "Whose body's line comes as near to the box as the box is large `(B,)`."
+def _seen(camera, ground, xyxy):
+    "Who is in the picture, and whose body is as near to the box as that is large."
     z = np.linspace(0, 1.8, 7)
     X = np.concatenate([np.repeat(ground[:, None], 7, 1),
                         np.broadcast_to(z[:, None], (len(ground), 7, 1))], -1)
     x,(a,b) = camera.project(X)[0]+.5,np.split(np.float64(xyxy)[:, None], 2, -1)
-    return ((x>=2*a-b) & (x<=2*b-a)).all(-1).any(-1)
+    near = ((x>=2*a-b) & (x<=2*b-a)).all(-1).any(-1)
+    return camera.visible(X).any(-1),near
 
 def _check_places(s, root, rig):
     "`DataError` for a camera that sees nobody where the annotations do."
@@ -366,14 +368,15 @@ def _check_places(s, root, rig):
     for c,name in enumerate(names):
         g,box = s.ground[camids==c],s.xyxy[camids==c]
         if not len(g): continue
-        near = _in_boxes(s.cameras[c], g, box)
+        seen,near = _seen(s.cameras[c], g, box)
         f = root/'calibrations'/f'{rig.files[1]}_{name}.xml'
-        if not near.any():
-            other = _in_boxes(mirrored(s.cameras[c]), g*MIRROR[:2], box)
-            raise DataError(f, f'puts none of {len(g)} people into their boxes'
-                + f', and {other.sum()} if the world is mirrored'*bool(other.any()),
+        if not seen.any():
+            other = _seen(mirrored(s.cameras[c]), g*MIRROR[:2], box)[0].sum()
+            raise DataError(f, f'its camera sees none of the {len(g)} people that '
+                'annotations place before it'
+                + f', and {other} if the world is mirrored'*bool(other),
                 'places and cameras of one world, in one unit')
-        if near.mean()<.5: logger.warning('%s: puts only %d of %d people near '
+        if len(g)>=10 and near.mean()<.5: logger.warning('%s: puts only %d of %d people near '
                                           'their boxes', f, near.sum(), len(g))
 
 def _say_shift(pictures, notes, rig):
