@@ -620,7 +620,8 @@ def search_frames(
     table.writerow(['frame', 'left', 'top', 'right', 'bottom', 'score', 'similarity'])
     for h in hits:
         box = np.round(h.box.astype(float), 1).tolist()
-        table.writerow([printable(files[h.frame]), *box, f'{h.score:.4f}', f'{h.similarity:.4f}'])
+        table.writerow([printable(files[h.frame]), *box, f'{h.score:.4f}',
+                        f'{h.similarity:.4f}'])
     typer.echo(write_atomic(out/'search.csv', text.getvalue().encode()))
     (out/'search.png').unlink(missing_ok=True) # of an earlier search
     if hits: typer.echo(_draw_hits(im, where or

@@ -237,7 +237,8 @@ def mot_sequences(
 def _film_boxes(s, c, size, row, pid, dropped):
     "Rows `(picture, box, pid, cut, visible)` of a film's boxes that count."
     if s.truth is None: return
-    t,seen = s.truth,np.ones(len(s.truth)) if s.truth.visible is None else s.truth.visible
+    t = s.truth
+    seen = np.ones(len(t)) if t.visible is None else t.visible
     for f,p,box,ok,v in zip(t.frames.tolist(), t.pids.tolist(), t.xyxy.tolist(),
                             t.counts, seen):
         label = f'{s.name}, frame {f}, {p}'

@@ -376,8 +376,8 @@ def _check_places(s, root, rig):
                 'annotations place before it'
                 + f', and {other} if the world is mirrored'*bool(other),
                 'places and cameras of one world, in one unit')
-        if len(g)>=10 and near.mean()<.5: logger.warning('%s: puts only %d of %d people near '
-                                          'their boxes', f, near.sum(), len(g))
+        if len(g)>=10 and near.mean()<.5: logger.warning(
+            '%s: puts only %d of %d people near their boxes', f, near.sum(), len(g))
 
 def _say_shift(pictures, notes, rig):
     "Warn if another shift would pair all pictures with annotations."
