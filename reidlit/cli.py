@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'choices', 'train_method', 'search', 'right_first', 'write_search', 'diagnosis', 'about', 'command',
-           'draw_world', 'train_command', 'crop_model', 'evaluate_run', 'search_folder', 'reproduce_command', 'doctor',
-           'camera_number', 'shared_moments', 'customise_camera', 'make_weights', 'looks_of', 'track_people',
-           'search_frames', 'demo_page', 'demo', 'main']
+           'draw_world', 'train_command', 'crop_model', 'evaluate_run', 'search_folder', 'seed_numbers',
+           'reproduce_command', 'doctor', 'camera_number', 'shared_moments', 'customise_camera', 'make_weights',
+           'looks_of', 'track_people', 'search_frames', 'demo_page', 'demo', 'main']
 
 # %% ../nbs/80_cli.ipynb #2c4b743f
 import warnings
@@ -41,6 +41,7 @@ from reidlit.detection.training import (HEIGHT,base_detector,detector_scores,
     make_base,network_size)
 from .experiments import (Run,check_sources,load_paper,papers,reproduce,
     surroundings,train_run)
+from .files import as_number,as_whole,check_json
 from .films import Film,annotate,write_film
 from .idfree import PointID,TwoStep,search_person
 from .learner import extract_features,fast_dtype
@@ -89,7 +90,7 @@ def choices(
         name,is_,value = word.partition('=')
         if not is_: raise ValueError(f'{word!r}: expected NAME=VALUE')
         try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
+        except (ValueError, RecursionError): out[name] = value
     return out
 
 def train_method(
@@ -238,6 +239,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False,
 @app.callback()
 def about(): "Person re-identification, from data to search."
 
+def _option(f):
+    "A parser of options whose message names the option."
+    def parse(text):
+        try: return f(text)
+        except ValueError as e: raise typer.BadParameter(str(e)) from None
+    return parse
+
 def command(
     name:str, # Of the command
     *words:str # Parameters that are given without a name
@@ -245,10 +253,14 @@ def command(
     "A function as a command of `app`, its comments as help."
     def out(path:Path): # looked at before the work, not after it
         return path and check_out(path, file=name=='make')
+    def number(anno): # by the rule of files: no `nan`, no `1_0`
+        for kind,f,shown in ((int, as_whole, '<int>'), (float, as_number, '<float>')):
+            if anno in (kind, kind|None): return dict(parser=_option(f), metavar=shown)
+        return {}
     def add(f):
         for k,p in docments(f, full=True).items():
             if k=='return': continue
-            kw = dict(help=p.docment) | (
+            kw = dict(help=p.docment) | number(p.anno) | (
                 dict(callback=out) if k in ('out', 'results') else {})
             option = typer.Argument(**kw) if k in words else \
                 typer.Option('--'+k.rstrip('_').replace('_', '-'), **kw)
@@ -327,6 +339,9 @@ def crop_model(
     "A network that describes crops; `DataError` for any other model."
     model,info = load_model(run, device)
     size = info.get('size') or info.get('settings', {}).get('size')
+    check_json(info, {'seed?':int, 'data?':{'data':str, 'root':str|None,
+                                            'people':int, 'cameras':int}}, run)
+    if size: check_json(list(size) if isinstance(size, tuple) else size, (int, int), run)
     if not isinstance(model, (ReidModel, EmbeddingNet)) or not size: raise DataError(run,
         f'is a {type(model).__name__}', 'a model that tells people apart by crops')
     return model,info | dict(size=tuple(size))
@@ -401,6 +416,16 @@ def search_folder(
         for f in write_search(rows, q, g, out, s['size']): typer.echo(f)
     if line := right_first(rows, q, g): typer.echo(line)
 
+# %% ../nbs/80_cli.ipynb #e4092531
+def seed_numbers(
+    text:str # For example `0,1,2`, or `none`
+)->list: # Of whole numbers
+    "Seeds of a command; `ValueError` names `--seeds`."
+    if text=='none': return []
+    seeds = [as_whole(s.strip(), '--seeds', 0) for s in text.split(',')]
+    if len(set(seeds))<len(seeds): raise ValueError(f'--seeds {text}: one is there twice')
+    return seeds
+
 # %% ../nbs/80_cli.ipynb #b2c65b7c
 @command('reproduce', 'paper')
 def reproduce_command(
@@ -415,7 +440,7 @@ def reproduce_command(
     device:str|None=None # cpu, cuda, cuda:1 ...
 ):
     "Run PAPER's experiment for each seed and add it to the stored result."
-    numbers = [] if seeds=='none' else [int(s) for s in seeds.split(',')]
+    numbers = seed_numbers(seeds)
     try: reproduce(load_paper(paper), what, data, root, _sources(paper, source),
                    preset, numbers, results, device, typer.echo)
     except KeyboardInterrupt:
@@ -433,10 +458,10 @@ def camera_number(
     count:int # How many there are
 )->int: # From 0
     "The number of a camera; `ValueError` if there is no such camera."
-    n = int(name[1:]) if name[:1] in 'Cc' and name[1:].isdigit() else 0
-    if not 1<=n<=count:
-        raise ValueError(f'camera {name!r}: expected C1 to C{count}')
-    return n-1
+    try:
+        if name[:1] in 'Cc': return as_whole(name[1:], least=1, most=count)-1
+    except ValueError: pass
+    raise ValueError(f'camera {name!r}: expected C1 to C{count}')
 
 def shared_moments(
     items:FrameSet, # Frames of many cameras
@@ -578,7 +603,7 @@ def track_people(
 # %% ../nbs/80_cli.ipynb #71471bbe
 def _box(text):
     "Four numbers; `ValueError` if they are not."
-    try: box = [float(v) for v in text.split(',')]
+    try: box = [as_number(v) for v in text.split(',')]
     except ValueError: box = []
     if len(box)!=4: raise ValueError(f'box {text!r}: expected LEFT,TOP,RIGHT,BOTTOM')
     return box

@@ -11,6 +11,7 @@ __all__ = ['CROPS', 'verdict', 'surroundings', 'read_result', 'Claim', 'judge', 
 import importlib,json,os,platform,pkgutil,re,shutil,subprocess,time
 from contextlib import contextmanager
 from dataclasses import dataclass,field
+from numbers import Real
 from importlib.metadata import PackageNotFoundError,version
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from . import core
 from .core import (DataError,active_preset,default_device,locked,logger,
     seed_all,write_atomic)
 from .data.sets import open_data
+from .files import as_number,check_json,read_json
 from .learner import fast_dtype
 from .models import ReidModel,load_backbone
 from .runs import run_folder,save_model
@@ -72,19 +74,45 @@ def surroundings()->dict: # `hardware, versions, commit`
     return dict(hardware=hardware, versions=versions, commit=_commit())
 
 # %% ../nbs/16_experiments.ipynb #2e55dd9d
-def read_result(
-    path # A file that `add_seed` wrote
-)->dict: # Its content
-    "A stored result; `DataError` if it is missing or broken."
-    path = Path(path)
-    if not path.exists(): raise DataError(path, 'no such file', 'a stored result')
-    try: out = json.loads(path.read_text())
-    except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
-    if lacks := {'paper', 'preset', 'seeds', 'variants', 'claims', 'seconds',
-                 'hardware', 'versions', 'commit'}-set(out):
-        raise DataError(path, f'no {sorted(lacks)}', 'a file that `add_seed` wrote')
-    return out
+_RESULT = {'paper':str, 'preset':str, 'seeds':[int], 'variants':{str:{str:[Real]}},
+    'claims':[{'claim':str, 'metric':str, 'verdict':str, 'holds':bool,
+               'mean_diff':float, 'ci95':object, 'tried?':str}],
+    'seconds':{str:float}, 'hardware':dict, 'versions':dict, 'commit':str}
+_SCORE = re.compile(r'mAP|mINP|rank\d+|AP\d*(_\w+)?') # or differences of them
 
+def _check_values(path, r):
+    "`DataError` if there is not one possible value per seed."
+    n,judged = len(r['seeds']),{c['metric'] for c in r['claims']}
+    if len(set(r['seeds']))<n: raise DataError(path, f"seeds {r['seeds']}", 'each once')
+    for (name,m),x in {(v, m):x for v,ms in r['variants'].items()
+                       for m,x in ms.items()}.items():
+        if len(x)!=n: raise DataError(path, f'{m} of {name}: {len(x)} values', f'{n}')
+        for v in x:
+            try: # what could not be computed may be NaN, if nothing hangs on it
+                if v==v or m in judged or isinstance(v, bool):
+                    as_number(v, f'{m} of {name}:', *[-1, 1]*bool(_SCORE.fullmatch(m)))
+            except ValueError as e: raise DataError(path, str(e)) from None
+
+def read_result(
+    path, # A file that `add_seed` wrote
+    judged:bool=True # Must its verdicts be those of its values?
+)->dict: # Its content
+    "A stored result; `DataError` if it is missing, broken, or contradicts itself."
+    r = read_json(path, _RESULT, 'a stored result')
+    _check_values(path, r)
+    for c in r['claims'] if judged else ():
+        if c['ci95'] is not None: check_json(c['ci95'], (float, float), path)
+        new = judge(_claim_of(c, r['variants'], path), r['variants'])
+        close = lambda k: np.allclose(*(np.array(o[k], float) for o in (c, new)),
+                                      1e-6, 1e-9, equal_nan=True)
+        if c['verdict']!=new['verdict'] or c['holds']!=new['holds'] or \
+                not close('mean_diff') or not close('ci95'): raise DataError(
+            path, f"{c['claim']} is stored as {c['verdict']}, its values say "
+            f"{new['verdict']} ({new['mean_diff']:+.4f})",
+            'reidlit reproduce ... --seeds none, which judges anew')
+    return r
+
+# %% ../nbs/16_experiments.ipynb #2c76a5d7
 def _check_same(path, old, paper, preset, values):
     "Is the file of the same experiment?"
     if (old['paper'], old['preset'])!=(paper, preset):
@@ -129,6 +157,18 @@ def judge(
     return dict(claim=str(claim), metric=claim.metric,
                 **verdict(a+claim.margin, b), tried=claim.tried)
 
+def _claim_of(c, variants, path):
+    "The `Claim` that a stored one was; `DataError` if it names no variants."
+    parts = c['claim'].removesuffix(f" in {c['metric']}").split(' > ')
+    for k in range(1, len(parts)):
+        a,b = (' > '.join(o) for o in (parts[:k], parts[k:]))
+        name,_,extra = a.rpartition(' + ')
+        for better,margin in ((a, 0), (name, extra)):
+            if {better, b}<=set(variants) and all(
+                    c['metric'] in variants[v] for v in (better, b)):
+                return Claim(better, b, c['metric'], as_number(margin), c.get('tried', ''))
+    raise DataError(path, f"claim {c['claim']!r} names no two variants", f'{list(variants)}')
+
 # %% ../nbs/16_experiments.ipynb #7b00c7f4
 def _judged(claims, variants): return [judge(c, variants) for c in claims]
 
@@ -162,7 +202,7 @@ def rejudge(
 )->dict: # The file's new content
     "A stored result with its claims judged anew, everything else as it was."
     with locked(path := Path(path)):
-        out = read_result(path)
+        out = read_result(path, judged=False)
         return _write(path, out | dict(claims=_judged(claims, out['variants'])))
 
 # %% ../nbs/16_experiments.ipynb #aca6c4b1
@@ -207,7 +247,8 @@ class Run:
         if self.folder is None: return
         self.folder = Path(self.folder)
         if self.resume and (f := self.folder/'values.json').exists():
-            vars(self).update(json.loads(f.read_text()))
+            vars(self).update(read_json(f, dict(values={str:{str:Real}},
+                                                parts=dict, seconds=float)))
             for name in (*self.parts, *self.values): self.say(f'{name}: kept')
 
 # %% ../nbs/16_experiments.ipynb #221c4e00

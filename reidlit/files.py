@@ -8,6 +8,7 @@ __all__ = ['as_number', 'as_whole', 'as_wholes', 'read_lines', 'check_json', 'pa
 # %% ../nbs/00a_files.ipynb #36f36794
 import json,math,os
 from pathlib import Path
+from types import UnionType
 import numpy as np
 from .core import DataError,read_bytes,read_text
 
@@ -103,6 +104,9 @@ def _form(like):
         one,n = [_form(o) for o in like],len(like)
         return lambda x: type(x) is list and len(x)==n and all(
             [f(v) for f,v in zip(one, x)])
+    if isinstance(like, UnionType):
+        any_of = [_form(o) for o in like.__args__]
+        return lambda x: any(f(x) for f in any_of)
     if not isinstance(like, dict): return lambda x: isinstance(x, like)
     if str in like:
         one = _form(like[str])

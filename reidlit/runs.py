@@ -19,10 +19,30 @@ from safetensors.torch import load_file,save
 from . import core
 from .core import (DataError,active_preset,check_out,data_home,
     default_device,locked,logger,write_atomic)
+from .files import as_number,as_whole,parse_json,read_json
 from .learner import ReidLearner,fast_dtype
 from .models import check_weights
 
 # %% ../nbs/12a_runs.ipynb #a4b66f8c
+def _as_kind(name, v, like):
+    "A setting of its default's kind, numbers finite; else `ValueError`."
+    if isinstance(like, bool) and not isinstance(v, bool):
+        raise ValueError(f'{name}={v!r}: expected True or False')
+    if isinstance(like, int) and not isinstance(like, bool):
+        if isinstance(v, str): raise ValueError(f'{name}={v!r}: expected a number')
+        return as_whole(v, name, 0)
+    if isinstance(like, float) and isinstance(v, (str, bool, list, tuple)):
+        raise ValueError(f'{name}={v!r}: expected a number like {like}')
+    if isinstance(like, (list, tuple)) and not isinstance(v, (list, tuple)):
+        raise ValueError(f'{name}={v!r}: expected a list like {list(like)}')
+    todo = [v]
+    while todo: # numbers in lists, too
+        x = todo.pop()
+        if isinstance(x, (list, tuple)): todo += x
+        elif isinstance(x, (int, float)) and not isinstance(x, bool):
+            as_number(x, name, 0 if name.startswith('lr') else -float('inf'))
+    return v
+
 def make_settings(
     fixed:dict, # Values that all presets share: a paper's
     presets:dict, # A preset, or (kind, preset), to what it changes
@@ -38,10 +58,7 @@ def make_settings(
     out = fixed | presets[key]
     if unknown := sorted(set(changes)-set(out)): raise ValueError(
         f'unknown settings {unknown}: expected some of {sorted(out)}')
-    for k,v in changes.items():
-        if isinstance(out[k], (list, tuple)) and not isinstance(v, (list, tuple)):
-            raise ValueError(f'{k}={v!r}: expected a list like {list(out[k])}')
-    return out | changes
+    return out | {k:_as_kind(k, v, out[k]) for k,v in changes.items()}
 
 # %% ../nbs/12a_runs.ipynb #1006931a
 def _opt_tensors(opt):
@@ -87,20 +104,22 @@ def save_checkpoint(
     return path
 
 # %% ../nbs/12a_runs.ipynb #91234e50
+_STATE = {'tensors':str, 'epoch':int, 'history':list|dict, 'settings':dict|None,
+          'optimiser':[dict], 'planned?':int|None, 'recipe?':dict|None}
+
 def read_checkpoint(
     folder # Written by `save_checkpoint`
 )->tuple[dict,dict]: # The JSON's content, the tensors
     "A checkpoint's state and tensors; `DataError` if missing or broken."
     path = Path(folder)/'checkpoint.json'
-    if not path.exists():
-        raise DataError(path, 'no such file', 'a folder that training wrote')
-    try: state = json.loads(path.read_text())
-    except ValueError as e: raise DataError(path, f'not JSON ({e})') from None
-    name = path.parent/state.get('tensors', '?')
+    state = read_json(path, _STATE, 'a folder that training wrote')
+    name,epoch = path.parent/state['tensors'],int(state['epoch'])
+    if name.name!=state['tensors'] or epoch<0: raise DataError(path,
+        f"tensors {state['tensors']!r}, epoch {epoch}", 'as it was written')
     try: tensors = load_file(name)
     except Exception as e:
         raise DataError(name, f'cannot be read ({type(e).__name__})') from None
-    return state,check_weights(name, tensors)
+    return state | dict(epoch=epoch),check_weights(name, tensors)
 
 def load_checkpoint(
     folder, # Written by `save_checkpoint`
@@ -112,7 +131,7 @@ def load_checkpoint(
     "The number of epochs done, after weights, optimiser and history are back."
     state,tensors = read_checkpoint(folder)
     settings = json.loads(json.dumps(settings)) # as stored: tuples are lists
-    was,were = state['settings'],state.get('planned')
+    was,were = state['settings'] or {},state.get('planned')
     differ = [] if settings is None else sorted(
         k for k in {*settings, *was} if settings.get(k)!=was.get(k))
     if not differ and planned and were and planned!=were: differ = ['epochs']
@@ -129,6 +148,9 @@ def load_checkpoint(
         'the same data and settings, or another output folder') from None
     learn.create_opt()
     opt = state['optimiser']
+    if opt and len(opt)!=len(learn.opt.state_dict()['state']): raise DataError(
+        Path(folder)/'checkpoint.json', f'has the state of {len(opt)} parameters',
+        'as many as the network has')
     for i,s in enumerate(opt):
         pre = f'opt.{i}.'
         s |= {k[len(pre):]:v.to(learn.dls.device) for k,v in tensors.items()
@@ -286,8 +308,9 @@ _OLD = dict( # how files were marked before 0.2
 def _read_file(path):
     "Recipe, notes and weights of a file of `save_model`."
     with safe_open(path, 'pt') as f: marks = f.metadata() or {}
-    if 'reidlit' in marks: a = json.loads(marks['reidlit']); a = a['recipe'],a['info']
-    else: a = next(_OLD[k](json.loads(marks[k])) for k in _OLD if k in marks)
+    form = dict(recipe=dict, info=dict)
+    if 'reidlit' in marks: o = parse_json(marks['reidlit'], path, form); a = o['recipe'],o['info']
+    else: a = next(_OLD[k](parse_json(marks[k], path)) for k in _OLD if k in marks)
     return *a,load_file(path)
 
 def _read_run(folder):

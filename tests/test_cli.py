@@ -91,6 +91,22 @@ def test_broken_checkpoint_is_named(whole, tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.parametrize('change', [
+    lambda s: None, lambda s: [], lambda s: s | dict(tensors=3), lambda s: s | dict(settings=[]),
+    lambda s: s | dict(recipe=s['recipe'] | dict(body='tiny16')), lambda s: s | dict(recipe=3),
+    lambda s: s | dict(recipe=s['recipe'] | dict(body='moon')), lambda s: s | dict(epoch=float('nan')),
+    lambda s: s | dict(settings=s['settings'] | dict(size='64')), lambda s: s | dict(settings={}),
+    lambda s: s | dict(settings=s['settings'] | dict(data=7))])
+def test_an_edited_checkpoint_is_one_line(whole, tmp_path, change):
+    state, _ = weights(whole)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / state['tensors']).write_bytes((whole / state['tensors']).read_bytes())
+    (tmp_path / 'run' / 'checkpoint.json').write_text(json.dumps(change(state)))
+    for words in (['search', tmp_path, tmp_path], ['eval']):
+        done = run(*words, *['--run'] * (words[0] == 'search'), tmp_path / 'run')
+        assert done.returncode == 2 and str(tmp_path / 'run') in done.stderr and 'Traceback' not in done.stderr
+
+
 def test_search_with_and_without_labels(whole, tmp_path):
     done = run('world', tmp_path / 'w', '--people', 20, '--cameras', 2)
     assert done.returncode == 0, done.stderr
@@ -136,6 +152,12 @@ def test_plain_folder_of_people_trains(tmp_path):
     (['train', 'baseline', '--device', 'gpu', '--people', '40', '--preset', 'ci'], "device 'gpu'"),
     (['search', 'nowhere', 'nowhere', '--run', 'nowhere'], 'nowhere: no such file'),
     (['world', 'out', '--layout', 'moon'], "layout 'moon'"),
+    (['reproduce', 'baseline', '--seeds', 'x'], '--seeds'), (['reproduce', 'baseline', '--seeds', ''], '--seeds'),
+    (['reproduce', 'baseline', '--seeds', '0,x'], '--seeds'), (['reproduce', 'baseline', '--seeds', '0,1.5'], '--seeds'),
+    (['train', 'baseline', '--lr', 'nan'], '--lr'), (['train', 'baseline', '--epochs', '1_0'], '--epochs'),
+    (['train', 'baseline', '--seed', '٣'], '--seed'), (['train', 'baseline', '--set', 'wd=NaN', '--preset', 'ci'], 'wd nan'),
+    (['train', 'baseline', '--set', 'p=3.5', '--preset', 'ci'], 'p 3.5'),
+    (['train', 'baseline', '--set', 'lr=-1', '--preset', 'ci'], 'lr -1'),
     (['world', 'out', '--people', 'many'], '--people')])
 def test_misuse_is_one_line(words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

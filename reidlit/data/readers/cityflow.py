@@ -196,6 +196,7 @@ def _geometry(folders, sizes, origin, guess):
 def _labels(folder, shots, clip, size, dropped):
     "A camera's boxes: number of the picture, box, pid, cut."
     m = once_a_frame(read_mot(f := folder/'gt'/'gt.txt', first=0), f)
+    if not len(m): raise DataError(f, 'no boxes', 'the truth of a camera')
     for k,pid,box,score in zip(m.frames.tolist(), m.pids.tolist(),
                                m.xyxy.tolist(), m.scores):
         label = f'vehicle {pid}, {folder.name}, frame {k}'

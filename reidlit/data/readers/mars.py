@@ -138,7 +138,9 @@ def mars(
     for k,name in (('train', 'train'), ('test', 'gallery')):
         d = Dropped()
         names,tracks = _mars_lines(root, k, info, d)
-        s = mars_rows(names, tracks, root/f'bbox_{k}', f'mars {name}', d)
+        try: s = mars_rows(names, tracks, root/f'bbox_{k}', f'mars {name}', d)
+        except DataError as e: raise DataError(root/'info'/f'{k}_name.txt',
+            f'and tracks_{k}_info.mat: {e.problem}', e.expected) from None
         parts[name] = finish(s, root, 'names like 0001C1T0001F001.jpg', verify)
     if not info: return report_overlap(Splits('mars', **parts))
     test = parts.pop('gallery')

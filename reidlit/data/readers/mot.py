@@ -221,7 +221,10 @@ def mot_sequences(
     if detector not in MOT_DETECTORS: raise ValueError(
         f'detector={detector!r}: expected one of {MOT_DETECTORS}')
     root = check_layout(root, [], 'folders like MOT17-02-FRCNN')
-    films = {}
+    films,parts = {},('img1', 'gt', 'det')
+    for f in sorted(o for o in root.iterdir() if o.is_dir()):
+        if any((f/k).exists() for k in parts) and not (f/'seqinfo.ini').is_file():
+            raise DataError(f/'seqinfo.ini', 'no such file', 'one for each film')
     for f in sorted(p.parent for p in root.glob('*/seqinfo.ini')):
         name,_,end = f.name.rpartition('-')
         if end not in MOT_DETECTORS: films[f.name] = {None:f}
@@ -254,8 +257,8 @@ def _frame_set(films, name, dropped, truth):
             raise DataError(s.name, 'no pictures', 'img1/000001.jpg')
         size = s.size or one_size(s.images[:1])
         boxes += _film_boxes(s, c, size, len(images), pid, dropped)
-        if s.truth is None and truth: raise DataError(s.images[0].parent.parent,
-            'has no gt/gt.txt', 'the truth of a film to train on')
+        if truth and not s.truth: raise DataError(
+            s.images[0].parent.parent/'gt'/'gt.txt', 'no boxes', 'a film\'s truth')
         if s.truth is not None: pid += max(0, *s.truth.pids, 0)
         images += s.images
         camids += [c]*len(s); frames += range(1, len(s)+1)
