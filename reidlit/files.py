@@ -94,7 +94,7 @@ def _form(like):
     "A function that says whether a value has a form."
     if like is int: return lambda x: type(x) is int and -2**63<=x<2**63 or \
         type(x) is float and x.is_integer() and -2**63<=x<2**63
-    if like is float: return lambda x: type(x) in (int, float) and abs(x)<=1e308
+    if like is float: return lambda x: type(x) in (int, float) and -1e308<=x<=1e308
     if isinstance(like, set): return lambda x: type(x) in (
         str, int, bool, type(None)) and x in like
     if isinstance(like, list):
@@ -111,9 +111,23 @@ def _form(like):
     if str in like:
         one = _form(like[str])
         return lambda x: type(x) is dict and all(map(one, x.values()))
-    keys = [(k.rstrip('?'), k[-1]=='?', _form(o)) for k,o in like.items()]
-    return lambda x: type(x) is dict and all(
-        [f(x[k]) if k in x else maybe for k,maybe,f in keys])
+    return _entries([(k.rstrip('?'), k[-1]=='?', o is float, _form(o))
+                     for k,o in like.items()])
+
+def _entries(keys):
+    "`_form` of a dict's keys; plain numbers, of which there are most, first."
+    plain = [k for k,maybe,number,_ in keys if number and not maybe]
+    rest = [(k, maybe, f) for k,maybe,number,f in keys if maybe or not number]
+    def fits(x):
+        if type(x) is not dict: return False
+        for k in plain:
+            v = x.get(k)
+            if type(v) is not int and type(v) is not float or not -1e308<=v<=1e308:
+                return False
+        for k,maybe,f in rest:
+            if not (f(x[k]) if k in x else maybe): return False
+        return True
+    return fits
 
 def _misfit(x, like):
     "Where the first value is that has not its form, the value and the form."

@@ -20,10 +20,10 @@ MARKET = re.compile(
 
 def _numbers(labels):
     "Labels as numbers: themselves if all are whole, else their sorted place."
-    labels = [str(o) for o in labels]
-    if all(o.removeprefix('-').isdecimal() for o in labels) and \
-            ''.join(labels).isascii():
-        return np.array([int(o) for o in labels], np.int64)
+    labels = list(map(str, labels))
+    if all([o.isdecimal() or o[:1]=='-' and o[1:].isdecimal() for o in labels]) \
+            and ''.join(labels).isascii():
+        return np.array(list(map(int, labels)), np.int64)
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 def _low(name):
@@ -38,13 +38,14 @@ def read_names(
     part=os.path.basename # What the pattern must match, of each path
 )->tuple: # The paths that fit, and `{group: (N,) int64}`
     "Columns of numbers out of file names."
-    kept,rows = [],[]
+    kept,rows,groups = [],[],tuple(pattern.groupindex)
     for p in paths:
-        m = pattern.fullmatch(part(p)) or pattern.fullmatch(_low(part(p)))
-        row = m.groupdict() if m else {'': None}
-        if None in row.values(): dropped.add('name not understood', part(p))
+        name = part(p)
+        m = pattern.fullmatch(name) or pattern.fullmatch(_low(name))
+        row = m.group(0, *groups) if m else (None,)
+        if None in row: dropped.add('name not understood', name)
         else: kept.append(p); rows.append(row)
-    cols = {k:[r[k] for r in rows] for k in pattern.groupindex}
+    cols = {k:[r[i] for r in rows] for i,k in enumerate(groups, 1)}
     long = {i for col in cols.values() if max(map(len, col), default=0)>18
             for i,v in enumerate(col) if len(v)>18 and v.isdecimal()}
     for i in sorted(long, reverse=True):

@@ -9,6 +9,7 @@ __all__ = ['WILDTRACK', 'CALIBRATION', 'MIRROR', 'NUMBERED', 'Grid', 'read_xml',
 # %% ../../../nbs/04b_data.readers.wildtrack.ipynb #c3e1b258
 import re
 from dataclasses import dataclass,field,replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -165,10 +166,10 @@ _PERSON = dict(personID=int, positionID=int, views=[
 
 def _read_people(path):
     "The people of one moment: `(pid, positionID, {view: box})`, if visible."
-    out = {}
+    out,corners = {},itemgetter(*_CORNERS)
     for p in read_json(path, [_PERSON]):
         pid,boxes = int(p['personID']),p['views']
-        views = {int(v['viewNum']):[float(v[k]) for k in _CORNERS] for v in boxes}
+        views = {int(v['viewNum']):[*corners(v)] for v in boxes}
         if pid<0: raise DataError(path, f'person {pid}', 'numbers from 0')
         if pid in out: raise DataError(path, f'person {pid} is there twice')
         if len(views)<len(boxes):
