@@ -292,7 +292,6 @@ def as_boxes(
                              f'is not xyxy: {why}'+f', in {of}'*bool(of))
     return x
 
-# %% ../nbs/00_core.ipynb #d4ee7ce9
 def as_scores(
     x, # `(N,)` list, array or tensor
     name:str='scores', # Of the argument, for messages

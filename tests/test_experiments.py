@@ -69,7 +69,7 @@ def test_interrupted_experiment_ends_as_a_whole_one(data, tmp_path, monkeypatch)
 
 
 def _core(run):
-    for name in 'AB': run.arm(name, lambda: dict(mAP=run.seed+ord(name)))
+    for name in 'AB': run.arm(name, lambda: dict(mAP=(run.seed+ord(name))/128))
 
 
 TOY = Paper('toy', '', '', dict(core=Experiment(_core, (Claim('B', 'A'),))))
@@ -84,7 +84,7 @@ def test_two_processes_lose_no_seed(tmp_path):
     for p in both: p.start()
     for p in both: p.join()
     r = read_result(tmp_path/'toy-world-ci.json')
-    assert r['seeds'] == list(range(40)) and r['variants']['A']['mAP'] == [s+65. for s in range(40)]
+    assert r['seeds'] == list(range(40)) and r['variants']['A']['mAP'] == [(s+65)/128 for s in range(40)]
     assert not [p for p in tmp_path.iterdir() if p.is_dir()], 'no folder of a seed is left'
 
 

@@ -124,7 +124,7 @@ def test_prid_least_frames(tmp_path):
 def test_prid_tally(tmp_path):
     root = prid_tree(tmp_path, {1: 2, 2: 2, 5: 0}, {1: 2, 2: 2, 3: 2})
     cam = root/'multi_shot'/'cam_a'
-    for name in ('person_1/0001.png', 'Person_0002/0001.png', 'person_0001/0003.PNG',
+    for name in ('person_1/0001.png', 'Person_0002/0001.png', 'person_0001/a003.png',
                  'person_0001/3.png', 'person_0001/more/0001.png', '0001.png',
                  'person_0002/Thumbs.db', '.cache/0001.png'): touch(cam/name)
     (cam/'person_0007').symlink_to(cam/'person_0001', target_is_directory=True)
@@ -137,7 +137,7 @@ def test_prid_tally(tmp_path):
         'link to a folder': ['person_0007'],
         'folder without pictures': ['cam_a/bob', 'cam_a/person_0005'],
         'name not understood': sorted(f'cam_a/{n}' for n in (
-            'person_1/0001.png', 'Person_0002/0001.png', 'person_0001/0003.PNG',
+            'person_1/0001.png', 'Person_0002/0001.png', 'person_0001/a003.png',
             'person_0001/3.png', 'person_0001/more/0001.png', '0001.png')),
         'person seen by one camera only': ['3, camera 1']}
 
@@ -154,8 +154,8 @@ def test_prid_broken(tmp_path):
                        r'pictures \(first: cam_b/person_0001\)\); expected names like '
                        r'cam_a/person_0001/0001.png'):
         prid2011(tmp_path)
-    touch(tmp_path/'multi_shot'/'cam_b'/'person_0001'/'0001.PNG')
-    with pytest.raises(DataError, match='cam_b: shows nobody .*0001.PNG'):
+    touch(tmp_path/'multi_shot'/'cam_b'/'person_0001'/'a001.png')
+    with pytest.raises(DataError, match='cam_b: shows nobody .*a001.png'):
         prid2011(tmp_path)
     touch(tmp_path/'multi_shot'/'cam_b'/'person_0002'/'0001.png')
     with pytest.raises(DataError, match='multi_shot: 0 people have 1 frames'):
@@ -264,7 +264,7 @@ def test_ilids_tally(tmp_path):
     for f in (films/'cam2'/'person002').iterdir(): f.unlink()
     touch(films/'cam1'/'person001'/'cam2_person001_00319.png')
     touch(films/'cam1'/'person001'/'cam1_person004_00319.png')
-    touch(films/'cam1'/'person001'/'cam1_person001_00319.PNG')
+    touch(films/'cam1'/'person001'/'cam1_person001_a319.png')
     touch(films/'cam1'/'bob'/'cam1_person009_00319.png')
     s = ilids_vid(root, 4)
     check_trial(s, [1, 4, 7, 8])
