@@ -341,7 +341,8 @@ def crop_model(
     size = info.get('size') or info.get('settings', {}).get('size')
     check_json(info, {'seed?':int, 'data?':{'data':str, 'root':str|None,
                                             'people':int, 'cameras':int}}, run)
-    if size: check_json(list(size) if isinstance(size, tuple) else size, (int, int), run)
+    if size: check_json(list(size) if isinstance(size, tuple) else size,
+                        (int, int), run)
     if not isinstance(model, (ReidModel, EmbeddingNet)) or not size: raise DataError(run,
         f'is a {type(model).__name__}', 'a model that tells people apart by crops')
     return model,info | dict(size=tuple(size))
@@ -423,7 +424,8 @@ def seed_numbers(
     "Seeds of a command; `ValueError` names `--seeds`."
     if text=='none': return []
     seeds = [as_whole(s.strip(), '--seeds', 0) for s in text.split(',')]
-    if len(set(seeds))<len(seeds): raise ValueError(f'--seeds {text}: one is there twice')
+    if len(set(seeds))<len(seeds):
+        raise ValueError(f'--seeds {text}: one is there twice')
     return seeds
 
 # %% ../nbs/80_cli.ipynb #b2c65b7c

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PRESETS', 'TURNS', 'seed_all', 'rng_for', 'default_device', 'active_preset', 'pick', 'data_home', 'naming',
-           'replacing', 'write_atomic', 'printable', 'DataError', 'locked', 'check_out', 'read_bytes', 'read_text',
-           'check_shapes', 'as_labels', 'as_features', 'as_boxes', 'as_scores', 'Dropped', 'picture_size',
-           'open_picture', 'one_size', 'path_in', 'ReidSet']
+           'replacing', 'write_atomic', 'printable', 'DataError', 'locked', 'check_out', 'check_shapes', 'as_labels',
+           'as_features', 'as_boxes', 'as_scores', 'Dropped', 'picture_size', 'open_picture', 'one_size', 'ReidSet']
 
 # %% ../nbs/00_core.ipynb #9203d968
 import hashlib,logging,os,random,stat,re,threading
@@ -178,32 +177,6 @@ def check_out(
     for p in (path, *path.parents)[file:]:
         if p.exists() and not p.is_dir(): raise DataError(p, 'is a file', 'a folder')
     return path
-
-# %% ../nbs/00_core.ipynb #b821c634
-def read_bytes(
-    path, # A file, not a folder or a pipe
-    expected:str='' # What it should be, for the message if it is missing
-)->bytes:
-    "A file's content; `DataError` if it is missing or cannot be read."
-    path = Path(path)
-    try:
-        if path.is_file(): return path.read_bytes()
-        there = path.exists()
-    except OSError as e:
-        raise DataError(path, f'not readable ({type(e).__name__})') from None
-    if not there: raise DataError(path, 'no such file', expected)
-    raise DataError(path, 'not readable (it is a folder or a pipe)', 'a file')
-
-def read_text(
-    path, # A text file in UTF-8, with or without a byte order mark
-    expected:str='' # What it should be, for the message if it is missing
-)->str: # Its lines end with `\n`
-    "A file's text; `DataError` if it is missing or not text."
-    try: text = read_bytes(path, expected).decode('utf-8-sig')
-    except UnicodeDecodeError as e:
-        raise DataError(path, f'not readable (Unicode, byte {e.start})') from None
-    if '\0' in text: raise DataError(path, 'not readable (it holds zero bytes)')
-    return text.replace('\r\n', '\n').replace('\r', '\n')
 
 # %% ../nbs/00_core.ipynb #680888c8
 def check_shapes(
@@ -391,24 +364,6 @@ def one_size(
             *found, Path(table).name, *size))
     if size is None: raise DataError(table, 'no readable picture')
     return tuple(size)
-
-# %% ../nbs/00_core.ipynb #cda8e9fb
-def path_in(
-    folder, # Of the set
-    name:str, # As a table has it
-    table # The table, for messages
-)->Path: # Below the folder; `a.JPG` for `a.jpg` if only that is there
-    "Where a table's file is; `DataError` for a name that leads elsewhere."
-    parts = (name := str(name)).encode(errors='replace').split(b'/')
-    odd = os.path.isabs(name) or b'..' in parts or '\0' in name
-    if odd or not name.strip('./') or max(map(len, parts))>255:
-        raise DataError(table, f'names {name!r:.99}',
-                        f'a file below {Path(folder).name}')
-    path = Path(folder, name)
-    if path.suffix and not os.path.lexists(path):
-        for o in (path.suffix.lower(), path.suffix.upper()):
-            if os.path.lexists(other := path.with_suffix(o)): return other
-    return path
 
 # %% ../nbs/00_core.ipynb #a51b2f10
 @dataclass

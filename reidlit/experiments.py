@@ -166,13 +166,15 @@ def _claim_of(c, variants, path):
         for better,margin in ((a, 0), (name, extra)):
             if {better, b}<=set(variants) and all(
                     c['metric'] in variants[v] for v in (better, b)):
-                return Claim(better, b, c['metric'], as_number(margin), c.get('tried', ''))
-    raise DataError(path, f"claim {c['claim']!r} names no two variants", f'{list(variants)}')
+                return Claim(better, b, c['metric'], as_number(margin))
+    raise DataError(path, f"claim {c['claim']!r} names no two variants",
+                    f'{list(variants)}')
 
 # %% ../nbs/16_experiments.ipynb #7b00c7f4
 def _judged(claims, variants): return [judge(c, variants) for c in claims]
 
 def _write(path, result):
+    _check_values(path, result)
     write_atomic(path, (json.dumps(result, indent=1)+'\n').encode())
     return result
 

@@ -309,7 +309,9 @@ def _read_file(path):
     "Recipe, notes and weights of a file of `save_model`."
     with safe_open(path, 'pt') as f: marks = f.metadata() or {}
     form = dict(recipe=dict, info=dict)
-    if 'reidlit' in marks: o = parse_json(marks['reidlit'], path, form); a = o['recipe'],o['info']
+    if 'reidlit' in marks:
+        o = parse_json(marks['reidlit'], path, form)
+        a = o['recipe'],o['info']
     else: a = next(_OLD[k](parse_json(marks[k], path)) for k in _OLD if k in marks)
     return *a,load_file(path)
 

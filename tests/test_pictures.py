@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from command import run_alone
-from reidlit.core import DataError, ReidSet, open_picture, path_in, picture_size, printable
+from reidlit.core import DataError, ReidSet, open_picture, picture_size, printable
+from reidlit.files import path_in
 from reidlit.data.readers.cityflow import cityflow, write_cityflow
 from reidlit.data.readers.coco import coco
 from reidlit.data.readers.mot import mot17, write_mot17

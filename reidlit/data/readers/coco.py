@@ -10,12 +10,11 @@ import json,os,shutil
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ...core import (DataError,Dropped,one_size,path_in,picture_size,
-    write_atomic)
+from ...core import DataError,Dropped,one_size,picture_size,write_atomic
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import writing
-from ...files import read_json
+from ...files import path_in,read_json
 
 # %% ../../../nbs/05a_data.readers.coco.ipynb #96ea7ba0
 _COCO = dict(images=[dict(id=int, file_name=str, width=int, height=int)],

@@ -8,8 +8,8 @@ __all__ = ['crowdhuman', 'write_crowdhuman']
 # %% ../../../nbs/04j_data.readers.crowdhuman.ipynb #22681e75
 import json,os
 from pathlib import Path
-from ...core import DataError,Dropped,path_in,picture_size,write_atomic
-from ...files import parse_json,read_lines
+from ...core import DataError,Dropped,picture_size,write_atomic
+from ...files import parse_json,path_in,read_lines
 from .market import check_layout,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import save_picture,writing

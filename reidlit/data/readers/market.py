@@ -86,7 +86,8 @@ def list_images(
         for o in sorted(dirs):
             if o.startswith('.'): dropped.add('hidden folder', o)
             elif not deep: dropped.add('subfolder', o)
-            elif Path(o).suffix.lower() in SUFFIXES: dropped.add('folder called as a picture', o)
+            elif Path(o).suffix.lower() in SUFFIXES:
+                dropped.add('folder called as a picture', o)
             elif (Path(here)/o).is_symlink(): dropped.add('link to a folder', o)
         dirs[:] = sorted(o for o in dirs if deep and not o.startswith('.'))
     return sorted(found)

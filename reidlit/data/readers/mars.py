@@ -10,8 +10,8 @@ import io,re,warnings
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ...core import DataError,Dropped,ReidSet,read_bytes
-from ...files import as_wholes,read_lines
+from ...core import DataError,Dropped,ReidSet
+from ...files import as_wholes,read_bytes,read_lines
 from .market import (Splits,check_layout,finish,
     list_images,read_names,report_overlap)
 

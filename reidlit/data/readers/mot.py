@@ -12,9 +12,9 @@ from dataclasses import dataclass,fields,replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ...core import (DataError,Dropped,as_boxes,as_labels,one_size,path_in,
-    read_text,rng_for,write_atomic)
-from ...files import as_number,as_whole,read_lines
+from ...core import (DataError,Dropped,as_boxes,as_labels,one_size,rng_for,
+    write_atomic)
+from ...files import as_number,as_whole,path_in,read_lines,read_text
 from .market import Splits,check_layout,check_pixels,finish
 from .wildtrack import FrameSet,clip_box
 from ..writers import save_picture,writing

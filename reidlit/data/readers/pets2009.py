@@ -9,10 +9,10 @@ __all__ = ['MultiviewDetections', 'read_boxes', 'pets2009', 'pets_frames']
 from dataclasses import dataclass,field,replace
 import numpy as np
 from fastcore.basics import patch
-from ...core import DataError,Dropped,as_boxes,as_scores,path_in
+from ...core import DataError,Dropped,as_boxes,as_scores
 from .market import Splits,check_layout,check_pixels,finish
 from .wildtrack import FrameSet,check_lens
-from ...files import read_json
+from ...files import path_in,read_json
 from ...films import Film
 from ...geometry import Camera
 

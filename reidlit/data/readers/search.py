@@ -12,9 +12,9 @@ from dataclasses import dataclass,replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ...core import (DataError,Dropped,check_shapes,path_in,picture_size,
-    rng_for,write_atomic)
-from ...files import as_number,as_whole,as_wholes,read_lines
+from ...core import (DataError,Dropped,check_shapes,picture_size,rng_for,
+    write_atomic)
+from ...files import as_number,as_whole,as_wholes,path_in,read_lines
 from .market import check_layout,finish,read_names
 from .mars import load_mat
 from .wildtrack import FrameSet,clip_box

@@ -17,8 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ...core import (DataError,Dropped,ReidSet,as_boxes,check_shapes,
-    logger,one_size,read_bytes)
-from ...files import as_number,read_json,read_note
+    logger,one_size)
+from ...files import as_number,read_bytes,read_json,read_note
 from ...geometry import Camera
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
     read_names)
