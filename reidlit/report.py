@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Page', 'data_section', 'frames_section', 'scores_section', 'search_section', 'map_section', 'bars', 'plot_claims',
-           'what_was_tried', 'result_section', 'paper_section']
+           'claim_rows', 'what_was_tried', 'result_section', 'paper_section']
 
 # %% ../nbs/17_report.ipynb #0c54c518
 import base64,html,io
@@ -225,7 +225,8 @@ def plot_claims(
     "An interval for each claim, coloured by its verdict."
     n = len(claims)
     ax = ax or plt.subplots(figsize=(7, .6+.28*n))[1]
-    colors = dict(holds=RIGHT, reversed=WRONG, undecided=IGNORED)
+    colors = dict(holds=RIGHT, reversed=WRONG, equivalent=PALETTE[0],
+                  undecided=IGNORED)
     for y,c in enumerate(claims):
         lo,hi = c['ci95'] or [c['mean_diff']]*2
         ax.plot([lo, hi], [y, y], color=colors[c['verdict']], lw=3, alpha=.5)
@@ -235,6 +236,19 @@ def plot_claims(
            xlabel='difference (95 % interval)')
     ax.tick_params('y', labelsize=8)
     return ax
+
+# %% ../nbs/17_report.ipynb #b5a05e8e
+def claim_rows(
+    claims:list # Of a stored result
+)->list: # `[{'claim': ..., 'verdict': ...}]`
+    "A row a claim: verdict, difference, its interval, seeds that would decide it."
+    def row(c):
+        alone,open = c['ci95'] is None,c['verdict']=='undecided'
+        return dict(claim=c['claim'], verdict=c['verdict'],
+            difference=f"{c['mean_diff']:+.3f}",
+            interval='one seed' if alone else '{:+.3f} to {:+.3f}'.format(*c['ci95']),
+            needs='' if alone or not open else f"{c['needed'] or 'above 1,000'} seeds")
+    return [row(c) for c in claims]
 
 # %% ../nbs/17_report.ipynb #07ad604c
 def what_was_tried(
@@ -256,12 +270,7 @@ def result_section(
     r = read_result(path)
     page.add('h3', f"{r['paper']}, preset {r['preset']}")
     for _,rows in groupby(result_rows(r), key=tuple): page.table(list(rows))
-    claims = [dict(claim=c['claim'], verdict=c['verdict'],
-                   difference=f"{c['mean_diff']:+.3f}",
-                   interval='one seed' if c['ci95'] is None else
-                            '{:+.3f} to {:+.3f}'.format(*c['ci95']))
-              for c in r['claims']]
-    if claims: page.table(claims)
+    if r['claims']: page.table(claim_rows(r['claims']))
     for why,names in what_was_tried(r['claims']).items():
         page.add('p', f"{'; '.join(names)}: {why}")
     minutes = sum(r['seconds'].values())/60

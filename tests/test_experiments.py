@@ -7,13 +7,14 @@ import pytest
 
 from reidlit.core import DataError
 from reidlit.data.world import World
-from reidlit.experiments import (Claim, Experiment, Paper, Run, add_seed, judge, load_paper, papers, read_result,
+from reidlit.experiments import (Experiment, Paper, Run, add_seed, load_paper, papers, read_result,
                                  reproduce)
 from reidlit.ics import ics_settings
 from reidlit.ics.comparison import table2
 from reidlit.learner import quiet
 from reidlit.report import Page, result_section
 from reidlit.runs import Checkpoints
+from reidlit.verdicts import Claim, judge
 
 RESULTS = Path(__file__).resolve().parent.parent/'results'
 STORED = sorted(RESULTS.glob('*.json'))
@@ -37,9 +38,9 @@ def test_stored_results_load_are_shown_and_judged_as_they_are(path):
     assert f"{r['paper']}, preset {r['preset']}" in str(page)
     claims = experiment_of(path).claims
     assert [str(c) for c in claims] == [c['claim'] for c in r['claims']]
-    for claim, stored in zip(claims, r['claims']):
-        now = judge(claim, r['variants'])
+    for now, stored in zip(judge(claims, r['variants']), r['claims']):
         assert now['verdict'] == stored['verdict'] and stored['tried'] in ('', now['tried'])
+        assert (now['margin'], now['needed']) == (stored['margin'], stored['needed'])
         assert now['mean_diff'] == pytest.approx(stored['mean_diff'], abs=1e-12)
 
 

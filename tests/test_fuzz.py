@@ -20,8 +20,9 @@ from reidlit.core import DataError, Dropped, ReidSet
 from reidlit.data.sets import FRAME_READERS, READERS, WRITERS, FrameSet, SearchSet, coco, crop_folder, crowdhuman
 from reidlit.data.sets import MultiviewDetections, pets2009, write_coco, write_crowdhuman
 from reidlit.data.world import World
-from reidlit.experiments import Claim, add_seed, read_result
+from reidlit.experiments import add_seed, read_result
 from reidlit.runs import read_checkpoint
+from reidlit.verdicts import Claim
 
 PICTURES = {'.jpg', '.png', '.bmp'}
 SMALL = (16, 8)

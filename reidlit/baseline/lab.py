@@ -8,8 +8,9 @@ __all__ = ['PAPER', 'train', 'core']
 # %% ../../nbs/19_baseline.lab.ipynb #e539a78b
 from functools import partial
 from . import baseline_settings,fit_baseline
-from ..experiments import Claim,Experiment,Paper,Run,train_run
+from ..experiments import Experiment,Paper,Run,train_run
 from ..report import bars
+from ..verdicts import Claim
 
 # %% ../../nbs/19_baseline.lab.ipynb #64beb012
 def train(

@@ -18,11 +18,12 @@ from . import (TenCrops,embedding_learner,embedding_net,
     presumed_positives,pul,tracklet_scores)
 from ..data.switching import SwitchSampler,drop_single_camera,join_sets
 from ..data.world import World
-from ..experiments import Claim,Experiment,Paper,Run,numbers
+from ..experiments import Experiment,Paper,Run,numbers
 from ..learner import extract_features,quiet
 from ..models import ReidModel
 from ..report import bars
 from ..tracklets import pool_tracklets,score_target,tracklet_table
+from ..verdicts import Claim
 
 # %% ../../nbs/22_crossdataset.lab.ipynb #404eb128
 SOURCES = dict( # knobs of each world, and how its pictures are taken

@@ -12,8 +12,9 @@ from . import (VARIANTS,accumulate_ids,associate,fit_ics,ics_settings,
     identity_centroids)
 from ..core import ReidSet,active_preset
 from ..data.world import World
-from ..experiments import Claim,Run
+from ..experiments import Run
 from ..learner import evaluate,quiet
+from ..verdicts import Claim
 
 # %% ../../nbs/32a_ics.comparison.ipynb #3c827226
 WORLD = dict(people=300, cameras=6, layout='disjoint', style=1., similarity=.6,

@@ -11,12 +11,13 @@ import matplotlib.pyplot as plt
 from .._moved import moved_names
 from ..camera_labels import with_cameras
 from ..core import ReidSet
-from ..experiments import Claim,Experiment,Paper,Run,numbers
+from ..experiments import Experiment,Paper,Run,numbers
 from . import VARIANTS,fit_ics,ics_learner,ics_settings
 from .comparison import (CLAIMS,PAIRS,SECTION,WANTED,core,ics_data,
     longer,pictures,table2,table3)
 from ..learner import evaluate,extract_features,quiet
 from ..report import bars
+from ..verdicts import Claim
 from ..viz import embed_2d,plot_embedding
 
 __getattr__ = moved_names(__name__, **{n:f'ics.comparison.{n}' for n in (

@@ -23,7 +23,7 @@ from ..data.world import World
 from ..detection.detectors import Detections,to_images
 from ..detection.online_tracker import track_film
 from ..detection.training import frame_at_size,join_frames,world_frames
-from ..experiments import Claim,Experiment,Paper,Run,Task
+from ..experiments import Experiment,Paper,Run,Task
 from ..films import film_folder
 from reidlit.idfree import (TRANSFORMS,PointID,ViewPairs,fit_idfree,idfree_settings,
     stage_learner)
@@ -34,6 +34,7 @@ from ..metrics.retrieval import reid_scores
 from ..metrics.search import SearchScores,search_scores
 from ..metrics.tracking import tracking_scores
 from ..report import bars
+from ..verdicts import Claim
 
 # %% ../../nbs/54_idfree.lab.ipynb #4b8896cf
 LOOKS = dict(cameras=4, style=.3, similarity=.4, crowd=12, size=(336, 192))

@@ -26,9 +26,10 @@ from ..learner import quiet
 from . import (Gathered,baseline,customise,gather,
     mcssl_settings)
 from .pairs import associate_boxes,funnel,true_associations
-from ..experiments import Claim,Experiment,Paper,Run
+from ..experiments import Experiment,Paper,Run
 from ..report import bars
 from ..video import reid_for
+from ..verdicts import Claim
 from ..viz import camera_color,show_boxes
 
 # %% ../../nbs/64_mcssl.lab.ipynb #56277fd4

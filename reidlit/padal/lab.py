@@ -20,7 +20,7 @@ from ..camera_bias import group_means,guess_source,standardise_per_camera
 from ..camera_labels import with_cameras
 from ..core import ReidSet,active_preset,rng_for
 from ..data.world import World
-from ..experiments import Claim,Experiment,Paper,Run
+from ..experiments import Experiment,Paper,Run
 from ..learner import extract_features,quiet
 from ..metrics.retrieval import reid_scores
 from ..metrics.thresholds import pair_distances
@@ -28,6 +28,7 @@ from . import (VARIANTS,CameraDiscriminator,fit_padal,padal_settings,
     part_features,part_masks)
 from ..report import bars
 from ..tracklets import pool_tracklets
+from ..verdicts import Claim
 from ..viz import RIGHT,WRONG,embed_2d,plot_embedding
 
 # %% ../../nbs/43_padal.lab.ipynb #60a68951
@@ -155,7 +156,8 @@ WEAKER = 'L_a with a fifth of the strength on two other worlds: .568 instead of 
 REAL_CLAIMS = (Claim('L_id', GAP, 'probe'), Claim('L_id + L_m', 'L_id'),
     Claim('L_id + L_mp, K=3', 'L_id'), Claim('L_id + L_mp, K=3', 'L_id + L_m'),
     Claim('L_id + L_m', STANDARDISED),
-    Claim('L_id', 'L_id + L_m', 'share'), Claim('L_id', 'L_id + L_mp, K=3', 'share'))
+    Claim('L_id', 'L_id + L_m', 'share', .001),
+    Claim('L_id', 'L_id + L_mp, K=3', 'share', .001))
 CLAIMS = (*REAL_CLAIMS, Claim('L_id + L_m', 'L_id + L_m, shuffled'),
     Claim('L_id + L_mp, K=3', 'L_id + L_mp, K=1'),
     Claim('L_id + L_a', 'L_id + L_m', tried=WEAKER),
