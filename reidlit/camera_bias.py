@@ -114,8 +114,8 @@ def group_means(
     which # Group of each row `(N,)`, 0 to G-1, none empty
 )->torch.Tensor: # `(G,D)`, where the rows are
     "Mean of the rows of each group."
-    which = torch.as_tensor(which, device=x.device)
-    n = torch.bincount(which)
+    which = as_labels(which, 'which', len(x), least=0)
+    which = torch.from_numpy(which).to(x.device); n = torch.bincount(which)
     total = x.new_zeros(len(n), x.shape[1]).index_add_(0, which, x)
     return total/n[:, None]
 

@@ -60,6 +60,7 @@ def update(self:CameraMemory,
     most:int|None=None # No identity has more pictures (not checked); `None`: counted
 )->None: # Nothing; rows and `seen` change in place
     "Moves rows (Eq. 1), after `backward`; `ValueError` for NaN, bad labels."
+    check_shapes(f=(f, 'B d'), labels=(labels, 'B'))
     check_ids(labels, self.cameras)
     f,labels,k,m = _rows(self, f),labels.long(),self.centroids,self.momentum
     if self.in_order:

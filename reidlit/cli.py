@@ -24,11 +24,10 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Annotated
 import matplotlib.pyplot as plt,numpy as np,torch,typer
-from PIL import Image
 from . import mcssl
 from .crossdataset import EmbeddingNet
 from .core import (DataError,Dropped,ReidSet,active_preset,check_out,
-    data_home,default_device,logger,printable,write_atomic)
+    data_home,default_device,logger,picture_size,printable,write_atomic)
 from .data.sets import (FRAME_READERS,READERS,WRITERS,FrameSet,
     number_alike,open_crops,open_data,read_sources)
 from .data.readers.market import SUFFIXES,list_images
@@ -385,8 +384,8 @@ def _say_frames(items, size):
     "A line if pictures are much wider than what the network sees."
     shapes = []
     for p in items.images[::max(1, len(items)//20)]:
-        try: shapes.append(Image.open(p).size)
-        except (OSError, SyntaxError, ValueError): pass # said when it is read
+        try: shapes.append(picture_size(p))
+        except DataError: pass # said when it is read
     wide = sorted(w/h for w,h in shapes)[len(shapes)//2] if shapes else 0
     if wide>max(1, 2*size[1]/size[0]): typer.echo(
         f'{items.name}: pictures like {shapes[0][0]} x {shapes[0][1]} are squeezed '

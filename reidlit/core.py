@@ -196,6 +196,18 @@ def check_shapes(
     return sizes
 
 # %% ../nbs/00_core.ipynb #1a5c4b31
+def _array(x, name):
+    "`x` as an array of numbers or words, out of whatever holds it."
+    try: return np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
+    except ValueError: raise ValueError(
+        f'{name}: rows of different lengths, expected an array') from None
+
+def _numbers(x, name):
+    "`x` as an array of real numbers."
+    x = _array(x, name)
+    if x.dtype.kind in 'biuf' or not x.size: return x
+    raise ValueError(f'{name}: {x.dtype}, expected real numbers')
+
 def as_labels(
     x, # `(N,)` list, array or tensor; `None` only for flags: all are off
     name:str, # Of the argument, for messages
@@ -207,8 +219,7 @@ def as_labels(
     if x is None and dtype is bool: return np.zeros(n, bool)
     want = 'N' if n is None else str(n)
     if x is None: raise ValueError(f'{name} is None; expected ({want})')
-    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x)
-    check_shapes(**{name:(x, want)})
+    check_shapes(**{name:(x := _array(x, name), want)})
     if dtype==np.int64 and x.dtype.kind not in 'iu' and x.size:
         raise ValueError(f'{name}: {x.dtype}, expected whole numbers')
     if x.dtype==np.uint64 and x.size and x.max()>np.iinfo(np.int64).max:
@@ -229,7 +240,8 @@ def as_features(
     grad:bool=False # Keep the way back for gradients?
 )->torch.Tensor: # `(N,D)` float32, or float64 if they were
     "Features as floats; `ValueError` names the first row that is not finite."
-    x = torch.as_tensor(x).to(device)
+    if not torch.is_tensor(x): x = torch.as_tensor(_numbers(x, name))
+    x = x.to(device)
     if not grad: x = x.detach()
     check_shapes(**{name:(x, 'N D')})
     if x.is_complex(): raise ValueError(f'{name}: {x.dtype}, expected real numbers')
@@ -250,12 +262,12 @@ def as_boxes(
     where=lambda i: '' # A function of a box's number: which picture, for messages
 )->np.ndarray: # The same shape, float64; `(0,4)` for an empty list
     "Boxes as an array; `ValueError` names the first that is not xyxy."
-    x = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, float)
+    x = _numbers(x, name).astype(float)
     if not x.size and x.shape[-1]!=4: x = x.reshape(0, 4)
     check_shapes(**{name:(x, '... N 4' if padding else 'N 4')})
     a,b = x[..., :2],x[..., 2:]
-    odd = np.isinf(x) if padding else ~np.isfinite(x)
-    for bad,why in ((odd, 'not finite'), (b<a, 'it ends before it starts'),
+    odd = abs(x)>1e9 if padding else ~(abs(x)<=1e9)
+    for bad,why in ((odd, 'not finite, or beyond 1e9'), (b<a, 'it ends before it starts'),
                     (area & (a==b), 'it has no area'),
                     (size is not None and ((a>=size) | (b<=0)),
                      f'it is outside a picture of {size}')):
@@ -271,9 +283,7 @@ def as_scores(
     n:int|None=None # How many there must be; `None`: any number
 )->np.ndarray: # `(N,)` as they were
     "Scores as an array; `ValueError` names the first that is not 0 to 1."
-    x = as_labels(x, name, n, None)
-    if x.dtype.kind not in 'biuf' and x.size:
-        raise ValueError(f'{name}: {x.dtype}, expected numbers')
+    x = as_labels(_numbers(x, name), name, n, None)
     bad = ~((x>=0)&(x<=1+1e-5)) # a network's sum may be a hair above
     if x.size and bad.any(): raise ValueError(
         f'{name}: {x[bad][0]} in row {bad.argmax()}, expected 0 to 1')

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 import cv2,numpy as np,torch,torch.nn as nn,torch.nn.functional as F
 from ._moved import moved_names
-from .core import (DataError,ReidSet,active_preset,check_shapes,data_home,
-    default_device,rng_for,seed_all)
+from .core import (DataError,ReidSet,active_preset,as_boxes,check_shapes,
+    data_home,default_device,rng_for,seed_all)
 from .data.augment import normalize,to_float
 from .data.sampling import TrackletSampler
 from .data.world import World
@@ -34,12 +34,9 @@ def cut_crops(
     size:tuple=(64, 32), # `(h,w)` of a crop
     margin:float=0. # More on each side, as a share of the box
 )->np.ndarray: # `(N,h,w,3)` uint8; beyond the border its last pixels go on
-    "What is in each box, at one size; `ValueError` if a box is empty."
-    b = np.asarray(boxes, np.float64).reshape(-1, 4)
+    "What is in each box, at one size; `ValueError` for a box without area."
     check_shapes(frame=(frame, 'H W 3'))
-    wh = b[:, 2:]-b[:, :2]
-    if not (wh>0).all(): raise ValueError(
-        f'box {b[~(wh>0).all(1)][0]} is empty: expected x1<x2, y1<y2')
+    b = as_boxes(boxes, area=True); wh = b[:, 2:]-b[:, :2]
     out = np.empty((len(b), *size, 3), np.uint8)
     for i,(w,h) in enumerate((wh*(1+2*margin)).round().clip(1).astype(int)):
         x,y = (b[i, :2]+b[i, 2:])/2-.5 # pixel i covers i to i+1

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt,numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb,to_hex
 from matplotlib.patches import Rectangle
-from .core import check_shapes
+from .core import as_boxes,check_shapes
 
 # %% ../nbs/01_viz.ipynb #8819e823
 PALETTE = ['#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377',
@@ -215,9 +215,7 @@ def show_boxes(
     lw:float=1.5 # Line width in points
 )->Axes: # The axis drawn on
     "A frame with its boxes."
-    boxes = np.asarray(boxes, float).reshape(-1, 4)
-    if (bad := (boxes[:, 2:] < boxes[:, :2]).any(1)).any():
-        raise ValueError(f'box {boxes[bad][0]} is not xyxy: it ends before it starts')
+    boxes = as_boxes(boxes)
     ax = ax or plt.subplots(figsize=(6, 6*image.shape[0]/image.shape[1]))[1]
     ax.imshow(image); ax.axis('off')
     for i,(x1,y1,x2,y2) in enumerate(boxes):

@@ -1,4 +1,5 @@
 "One number, one rule: what `eval` says, `search` says; a broken picture, a film, a frame are named."
+import os
 import re
 import shutil
 
@@ -73,6 +74,19 @@ def test_films_and_frames_are_named(made, tmp_path):
     assert done.returncode == 0 and 'search-frames' in done.stdout and '192 x 108' in done.stdout
     done = run('search', made/'w'/'query', gallery, '--run', made/'run', '--out', tmp_path/'s')
     assert 'search-frames' not in done.stdout
+
+
+def test_a_pipe_and_a_bomb_among_crops_are_named(made, tmp_path):
+    "A pipe would be waited for; Pillow has an error of its own for a picture that unpacks to gigabytes."
+    for name, make in (('a.jpg', os.mkfifo), ('b.png', lambda f: Image.new('1', (20000, 20000)).save(f))):
+        shutil.copytree(made/'w'/'query', tmp_path/'g', dirs_exist_ok=True)
+        make(tmp_path/'g'/name)
+        words = 'search', made/'w'/'query', tmp_path/'g', '--run', made/'run', '--out', tmp_path/'s'
+        done = run(*words)
+        assert done.returncode == 2 and name in done.stderr and 'Traceback' not in done.stderr, done.stderr
+        done = run(*words, '--skip-broken')
+        assert done.returncode == 0 and f'g/{name}' in done.stdout
+        (tmp_path/'g'/name).unlink()
 
 
 @pytest.fixture(scope='module')

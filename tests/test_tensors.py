@@ -7,17 +7,29 @@ import torch
 from command import run
 from safetensors.torch import load_file, save_file
 
+from reidlit.camera_bias import group_means
+from reidlit.camera_memory import CameraMemory
 from reidlit.core import DataError, as_labels
 from reidlit.crossdataset.triplet_mining import hardest_triplets, triplet_gaps
 from reidlit.data.sampling import CameraPKSampler, PKSampler, TrackletSampler, deal
-from reidlit.detection.detectors import load_detector, make_detector, save_detector
+from reidlit.data.sets import FrameSet
+from reidlit.detection import yolov3
+from reidlit.detection.detectors import Detections, load_detector, make_detector, save_detector
+from reidlit.detection.online_tracker import to_xyah
+from reidlit.geometry import Camera
 from reidlit.ics.quintuplet import quintuplet_loss
 from reidlit.losses import batch_all_triplet, batch_hard_triplet, triplet_masks
+from reidlit.mcssl.consistency import consistency_loss
+from reidlit.mcssl.epipolar import undistort_boxes
+from reidlit.mcssl.pseudolabels import pids_of
+from reidlit.metrics.detection import detection_ap, precision_recall
 from reidlit.metrics.rerank import rerank
 from reidlit.metrics.retrieval import distance_chunks, reid_scores
 from reidlit.metrics.thresholds import pair_distances
 from reidlit.models import ReidModel, load_backbone
 from reidlit.runs import load_model, save_model
+from reidlit.video import cut_crops
+from reidlit.viz import show_boxes
 
 BROKEN = dict(nan=lambda v: v*torch.nan, int=lambda v: v.long(), shape=lambda v: v[:1], rows=lambda v: v.flatten(),
               complex=lambda v: v.float()*1j)
@@ -161,3 +173,44 @@ def test_nothing_to_deal_does_not_hang():
     with pytest.raises(ValueError, match='camids'): CameraPKSampler(pids, np.where(pids == 1, np.nan, 0.), 2, 2)
     with pytest.raises(ValueError, match='pids'): PKSampler(pids[:, None], 2, 2)
     with pytest.raises(ValueError, match='tids'): TrackletSampler(pids, pids*np.nan, 2, 2)
+
+
+BOX, ROWS = [[0., 0, 5, 5]], torch.eye(4)
+ODD = dict(
+    words=(lambda: precision_recall([.5, .6], ['yes', 'no'], 3), 'right'),
+    halves=(lambda: precision_recall([.5, .6], [.5, .6], 3), 'right'),
+    column=(lambda: precision_recall([[.5], [.6]], [1, 0], 3), 'found, scores'),
+    truths=(lambda: precision_recall([.5, .6], [1, 0], np.nan), 'n_truths'),
+    ignore=(lambda: detection_ap([(BOX, [.5])], [BOX], ignore=[['no']]), 'ignore, picture 0'),
+    one=(lambda: detection_ap([(BOX, .5)], [BOX]), 'found, picture 0, scores'),
+    consistency=(lambda: consistency_loss(ROWS*7, ROWS), 'scores1: 7'),
+    nan=(lambda: consistency_loss(ROWS, ROWS*torch.nan), 'scores2: nan'),
+    groups=(lambda: group_means(ROWS, [0, 0, 1]), 'which'),
+    update=(lambda: CameraMemory([0, 0, 1, 1], 4).update(ROWS, torch.tensor([0, 1, 2])), 'labels'),
+    flags=(lambda: Detections(BOX, gold=['yes']), 'gold'), label=(lambda: Detections(BOX, labels=[1.5]), 'labels'),
+    row=(lambda: FrameSet([0], [0], [0], [1], BOX, [1]), 'row: 1 to 1'),
+    person=(lambda: FrameSet([0], [0], [0], [0], BOX, [1.5]), 'pids'))
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_what_is_no_flag_no_label_no_score_is_named(name):
+    "All of these were taken, and gave a wrong value."
+    f, said = ODD[name]
+    with pytest.raises(ValueError, match=said): f()
+
+
+FLAT, TURNED = [0, 0, 8, 8, 1, 1, 5, 5], [[9., 0, 5, 9]]
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+TAKE_BOXES = dict(crops=lambda b: cut_crops(IMAGE, b), shown=lambda b: show_boxes(IMAGE, b),
+    who=lambda b: pids_of(FrameSet([0], [0], [0], [0], BOX, [1]), [0]*len(b), b), corners=to_xyah,
+    lens=lambda b: undistort_boxes(b, Camera(np.eye(3), np.eye(3), np.zeros(3), (16, 16))),
+    faster_rcnn=lambda b: make_detector('faster_rcnn', backbone='smaller').class_scores(torch.rand(1, 3, 64, 64), [b]),
+    tiny_yolov3=lambda b: yolov3.tiny_yolov3().class_scores(torch.rand(1, 3, 64, 64), [b]))
+
+
+@pytest.mark.parametrize('name', TAKE_BOXES)
+@pytest.mark.parametrize('bad, said', [(FLAT, 'shape'), (TURNED, 'ends before'), ([[0, 0, np.inf, 5]], 'not finite'),
+                                       ([[0, 0, 1e300, 5]], 'not finite'), ([['a']*4], 'real numbers')])
+def test_every_place_that_takes_boxes_names_one_that_is_none(name, bad, said):
+    "A flat list was taken for two boxes; an infinite one ended the process inside RoIAlign."
+    with pytest.raises(ValueError, match=said): TAKE_BOXES[name](bad)

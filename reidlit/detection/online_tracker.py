@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
-from ..core import DataError,Dropped,ReidSet,as_features
+from ..core import DataError,Dropped,ReidSet,as_boxes,as_features
 from ..data.readers.mot import MotBoxes,read_mot
 from ..data.readers.pets2009 import read_boxes
 from .detectors import Detections
@@ -47,7 +47,7 @@ def to_xyah(
     xyxy # Boxes `(N,4)`
 )->np.ndarray: # Centre x, y, width/height, height `(N,4)`
     "Boxes as the tracker thinks of them."
-    b = np.asarray(xyxy, float).reshape(-1, 4)
+    b = as_boxes(xyxy, area=True)
     w,h = (b[:, 2:]-b[:, :2]).T
     return np.stack([(b[:, 0]+b[:, 2])/2, (b[:, 1]+b[:, 3])/2, w/h, h], 1)
 

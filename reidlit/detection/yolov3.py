@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import (batched_nms,box_iou,complete_box_iou_loss,
     generalized_box_iou_loss)
 from ..core import check_shapes
-from .detectors import MAKERS,Detections,Detector
+from .detectors import MAKERS,Detections,Detector,boxes_for
 from .._moved import moved_names
 from ..models import in_mode
 from reidlit.detection.yolo_grids import (COCO_ANCHORS,STRIDES,by_anchor,decode,
@@ -247,10 +247,8 @@ def class_scores(self:YoloV3,
     boxes:list # `(K_i,4)` xyxy for each image
 )->Tensor: # `(sum K_i,C)`, independent probabilities
     "How probable each class is in given boxes; differentiable."
-    if len(images)!=len(boxes):
-        raise ValueError(f'{len(images)} frames, boxes for {len(boxes)}')
+    boxes = boxes_for(images, boxes)
     _,raw,size = self.read(images)
-    boxes = [torch.as_tensor(b, device=raw.device).float().view(-1, 4) for b in boxes]
     r = torch.cat([o[encode(b, self.anchors, size)[0]] for o,b in zip(raw, boxes)])
     return r[:, 4:5].sigmoid()*r[:, 5:].sigmoid()
 

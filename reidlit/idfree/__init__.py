@@ -362,10 +362,8 @@ def search_person(
     "Where a person is found again; `ValueError` for a box that is none."
     query = film_picture([query], 0)
     if box is None: query,box = _in_a_frame(query, size)
-    l,t,r,b = as_boxes([box], 'box', area=True)[0].tolist()
-    im,scale = film_frame([query], 0, size); h,w = np.shape(query)[:2]
-    if not (l<w and t<h and r>0 and b>0):
-        raise ValueError(f'box {[l, t, r, b]}: outside the picture of {w} x {h}')
+    as_boxes([box], 'box', area=True, size=np.shape(query)[1::-1])
+    im,scale = film_frame([query], 0, size)
     if top<1 or not 0<=sure<=1: raise ValueError(f'top={top}, sure={sure}: expected '
                                                  '1 or more, and 0 to 1')
     device = next(model.parameters()).device

@@ -11,6 +11,7 @@ import numpy as np,torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor
+from ..core import as_scores
 from ..data.sets import FrameSet
 from ..detection.detectors import Detector,to_images
 from reidlit.detection.training import (FrameDataset,box_losses,frame_at_size,
@@ -33,6 +34,8 @@ def consistency_loss(
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
     if scores1.shape!=scores2.shape: raise ValueError(
         f'scores of shapes {tuple(scores1.shape)} and {tuple(scores2.shape)}')
+    for k,s in dict(scores1=scores1, scores2=scores2).items():
+        if not s.is_cuda: as_scores(s.flatten(), k) # a GPU does not wait for it
     p,q = scores1.clamp(1e-6, 1-1e-6),scores2
     if detach=='first': p,q = scores2.clamp(1e-6, 1-1e-6),scores1
     if detach!='none': q = q.detach()

@@ -199,12 +199,11 @@ def disturb(
 
 # %% ../../nbs/60_mcssl.epipolar.ipynb #736e5157
 def undistort_boxes(
-    boxes, # xyxy as photographed `(...,4)`
+    boxes, # xyxy as photographed `(...,N,4)`; NaN: no box
     camera:Camera # With its distortion
-)->np.ndarray: # `(...,4)` float64; NaN where the lens has no answer
+)->np.ndarray: # `(...,N,4)` float64; NaN where the lens has no answer
     "Boxes around nine undistorted points each: corners, middles, centre."
-    b = np.asarray(boxes, float)
-    check_shapes(boxes=(b, '... 4'))
+    b = as_boxes(boxes, padding=True)
     share = np.stack(np.meshgrid([0, .5, 1], [0, .5, 1]), -1).reshape(9, 2)
     p = b[..., None, :2]*(1-share) + b[..., None, 2:]*share
     p = camera.undistort(p - .5) + .5

@@ -9,6 +9,7 @@ __all__ = ['split_pseudo_labels', 'Sightings', 'follow', 'clips_of', 'pids_of']
 from dataclasses import dataclass
 import numpy as np
 from .._moved import moved_names
+from ..core import as_boxes,as_labels
 from ..data.sets import FrameSet
 from ..metrics.detection import box_iou
 from ..detection.trackers import track_boxes
@@ -106,7 +107,7 @@ def pids_of(
     iou:float=.5 # Least overlap with a true box
 )->np.ndarray: # `(N,)` int64, -1 where nobody is
     "Whom boxes show: the person whose true box overlaps most."
-    rows,boxes = np.asarray(rows),np.asarray(boxes, np.float32).reshape(-1, 4)
+    boxes = as_boxes(boxes); rows = as_labels(rows, 'rows', len(boxes))
     out = np.full(len(rows), -1)
     for r in np.unique(rows):
         b,true = rows==r,items.row==r

@@ -12,7 +12,7 @@ from io import StringIO
 import numpy as np,torch
 from fastcore.basics import patch
 from torchvision import ops
-from ..core import as_boxes,check_shapes
+from ..core import as_boxes,as_labels
 
 # %% ../../nbs/08_metrics.detection.ipynb #15c0c3e2
 def box_iou(
@@ -44,8 +44,7 @@ def match_boxes(
 
 def _scores(scores, name):
     "Scores as `(N,)` float64; `ValueError` if one is not finite."
-    if hasattr(scores, 'detach'): scores = scores.detach().cpu()
-    s = np.asarray(scores, np.float64).reshape(-1)
+    s = as_labels(scores, f'{name}, scores', dtype=None).astype(float)
     if (bad := ~np.isfinite(s)).any():
         raise ValueError(f'{name}: score {bad.argmax()} is {s[bad][0]}')
     return s
@@ -57,9 +56,8 @@ def precision_recall(
     n_truths:int # How many there are to find, from 1
 )->tuple: # Precision and recall after each, best score first `(N,)`, `(N,)`
     "The two curves of a ranked list; `ValueError` names what cannot be."
-    s,right = _scores(scores, 'found'),np.asarray(right, bool)
-    check_shapes(scores=(s, 'N'), right=(right, 'N'))
-    if n_truths<max(1, right.sum()):
+    s = _scores(scores, 'found'); right = as_labels(right, 'right', len(s), bool)
+    if not n_truths>=max(1, right.sum()):
         raise ValueError(f'n_truths={n_truths}, {right.sum()} detections are right')
     hits = right[np.argsort(-s, kind='stable')].cumsum()
     return hits/np.arange(1, len(hits)+1),hits/n_truths
@@ -109,7 +107,8 @@ def _check_all(found, truths, ignore):
         b,s = as_boxes(pair[0], f'found, picture {i}'), \
               _scores(pair[1], f'found, picture {i}')
         t = as_boxes(t, f'truths, picture {i}')
-        g = np.zeros(len(t), bool) if g is None else np.asarray(g, bool)
+        g = np.zeros(len(t), bool) if g is None else \
+            as_labels(g, f'ignore, picture {i}', dtype=bool)
         for x,y,name in ((b, s, 'scores'), (t, g, 'ignore')):
             if len(x)!=len(y): raise ValueError(
                 f'picture {i}: {len(x)} boxes, {len(y)} {name}')

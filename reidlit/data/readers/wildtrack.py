@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ...core import (DataError,Dropped,ReidSet,as_boxes,check_shapes,
-    logger,one_size)
+from ...core import (DataError,Dropped,ReidSet,as_boxes,as_labels,
+    check_shapes,logger,one_size)
 from ...files import as_number,read_bytes,read_json,read_note
 from ...geometry import Camera
 from reidlit.data.readers.market import (Splits,check_layout,finish,list_images,
@@ -201,12 +201,14 @@ class FrameSet:
     def __post_init__(self):
         for k in ('camids', 'frames', 'row', 'pids'):
             if (x := getattr(self, k)) is not None:
-                setattr(self, k, np.asarray(x, np.int64))
+                setattr(self, k, as_labels(x, f'{self.name} {k}'))
+        if (r := self.row).size and not 0<=r.min()<=r.max()<len(self): raise ValueError(
+            f'{self.name} row: {r.min()} to {r.max()}, expected one of {len(self)} pictures')
         x = as_boxes(self.xyxy, f'{self.name} xyxy', where=self.where)
         self.xyxy = x.astype(np.float32)
         for k in ('cut', 'unnamed'):
-            x,none = getattr(self, k),np.zeros(len(self.row), bool)
-            setattr(self, k, none if x is None else np.asarray(x, bool))
+            setattr(self, k, as_labels(
+                getattr(self, k), f'{self.name} {k}', len(self.row), bool))
         shapes = dict(images='N', camids='N', frames='N', row='B', xyxy='B 4',
                       pids='B', ground='B 2', cut='B', unnamed='B', visible='B')
         known = {k:(getattr(self, k), v) for k,v in shapes.items()}
