@@ -203,7 +203,7 @@ class FrameSet:
             if (x := getattr(self, k)) is not None:
                 setattr(self, k, as_labels(x, f'{self.name} {k}'))
         if (r := self.row).size and not 0<=r.min()<=r.max()<len(self): raise ValueError(
-            f'{self.name} row: {r.min()} to {r.max()}, expected one of {len(self)} pictures')
+            f'{self.name} row: {r.min()} to {r.max()}, expected 0 to {len(self)-1}')
         x = as_boxes(self.xyxy, f'{self.name} xyxy', where=self.where)
         self.xyxy = x.astype(np.float32)
         for k in ('cut', 'unnamed'):
