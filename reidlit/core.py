@@ -318,11 +318,14 @@ def _turn(im):
     known = im.format!='PNG' or 'exif' in im.info
     return im.getexif().get(0x0112) if known else None
 
+def _regular(path):
+    if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('not a file')
+
 @contextmanager
 def _opened(path):
     "An open picture; whatever goes wrong with it is a `DataError`."
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('not a file')
+        _regular(path)
         with Image.open(path) as im: yield im
     except FileNotFoundError: raise DataError(path, 'no such file') from None
     except DataError: raise
@@ -330,10 +333,28 @@ def _opened(path):
         why = str(e) or type(e).__name__
         raise DataError(path, f'not a readable image ({why})') from None
 
+def _plain_size(head):
+    "`(W,H)` of a JPEG that says nothing of a turn; `None` of any other file."
+    i,size = 2,None
+    while head[:3]==b'\xff\xd8\xff' and i+9<len(head) and head[i]==255:
+        kind,n = head[i+1],int.from_bytes(head[i+2:i+4])
+        if kind==0xda: return size # the pixels begin
+        if kind==0xe1: return None # Exif or XMP
+        if 0xc0<=kind<0xd0 and kind not in (0xc4, 0xc8, 0xcc):
+            h,w = (int.from_bytes(head[k:k+2]) for k in (i+5, i+7))
+            if head[i+4]!=8 or not 0<w*h<=(Image.MAX_IMAGE_PIXELS or w*h): return None
+            size = w,h
+        i += 2+n
+
 def picture_size(
     path # A picture's file
 )->tuple: # `(W,H)`, upright
     "How large a picture is, from its head; `DataError` if it does not open."
+    try:
+        _regular(path) # a plain JPEG's head is short: read without Pillow, 4 x as fast
+        with open(path, 'rb') as f: size = _plain_size(f.read(4096))
+        if size: return size
+    except (OSError, ValueError): pass # said in a moment
     with _opened(path) as im: return im.size[::-1 if _turn(im) in (5, 6, 7, 8) else 1]
 
 # %% ../nbs/00_core.ipynb #cca472eb

@@ -8,6 +8,8 @@ __all__ = ['as_number', 'as_whole', 'as_wholes', 'read_bytes', 'read_text', 'rea
 
 # %% ../nbs/00a_files.ipynb #36f36794
 import json,math,os
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from types import UnionType
 import numpy as np
@@ -117,44 +119,39 @@ def read_lines(
     return out
 
 # %% ../nbs/00a_files.ipynb #8d8bbd14
-def _form(like):
-    "A function that says whether a value has a form."
-    if like is int: return lambda x: type(x) is int and -2**63<=x<2**63 or \
-        type(x) is float and x.is_integer() and -2**63<=x<2**63
-    if like is float: return lambda x: type(x) in (int, float) and -1e308<=x<=1e308
-    if isinstance(like, set): return lambda x: type(x) in (
-        str, int, bool, type(None)) and x in like
-    if isinstance(like, list):
-        one = _form(like[0])
-        return lambda x: type(x) is list and all(map(one, x))
-    if isinstance(like, tuple):
-        one,n = [_form(o) for o in like],len(like)
-        return lambda x: type(x) is list and len(x)==n and all(
-            [f(v) for f,v in zip(one, x)])
-    if isinstance(like, UnionType):
-        any_of = [_form(o) for o in like.__args__]
-        return lambda x: any(f(x) for f in any_of)
-    if not isinstance(like, dict): return lambda x: isinstance(x, like)
-    if str in like:
-        one = _form(like[str])
-        return lambda x: type(x) is dict and all(map(one, x.values()))
-    return _entries([(k.rstrip('?'), k[-1]=='?', o is float, _form(o))
-                     for k,o in like.items()])
+def _number(x, whole):
+    "Are all values numbers, finite, perhaps whole and of 64 bits?"
+    kinds = set(map(type, x))
+    if not kinds or not kinds<={int, float}: return not kinds
+    if whole: return all(o.is_integer() for o in x if type(o) is float) \
+        and -2**63<=min(x) and max(x)<2**63
+    return -1e308<=min(x) and max(x)<=1e308 and (kinds=={int} or not math.isnan(sum(x)))
 
-def _entries(keys):
-    "`_form` of a dict's keys; plain numbers, of which there are most, first."
-    plain = [k for k,maybe,number,_ in keys if number and not maybe]
-    rest = [(k, maybe, f) for k,maybe,number,f in keys if maybe or not number]
-    def fits(x):
-        if type(x) is not dict: return False
-        for k in plain:
-            v = x.get(k)
-            if type(v) is not int and type(v) is not float or not -1e308<=v<=1e308:
-                return False
-        for k,maybe,f in rest:
-            if not (f(x[k]) if k in x else maybe): return False
-        return True
-    return fits
+def _fits(x, like):
+    "Have all values of a list a form? Asked of columns, not of rows."
+    kinds = set(map(type, x))
+    if like in (int, float): return _number(x, like is int)
+    if isinstance(like, set):
+        return kinds<={str, int, bool, type(None)} and set(x)<=like
+    if isinstance(like, UnionType):
+        return all(any(_fits([o], k) for k in like.__args__) for o in x)
+    if not isinstance(like, (list, tuple, dict)):
+        return all(issubclass(k, like) for k in kinds)
+    if isinstance(like, dict):
+        if not kinds<={dict}: return False
+        if str in like: return _fits([v for o in x for v in o.values()], like[str])
+        return all(_has(x, k, o) for k,o in like.items())
+    if not kinds<={list}: return False
+    if isinstance(like, list): return _fits([*chain.from_iterable(x)], like[0])
+    if not set(map(len, x))<={len(like)}: return False
+    if like==like[:1]*len(like): return _fits([*chain.from_iterable(x)], like[0])
+    return all(map(_fits, zip(*x), like))
+
+def _has(x, key, like):
+    "Have all dicts of a list a key and its form? `?`: if they have the key."
+    k = key.rstrip('?')
+    try: return _fits([*map(itemgetter(k), x)], like)
+    except KeyError: return k!=key and _fits([o[k] for o in x if k in o], like)
 
 def _misfit(x, like):
     "Where the first value is that has not its form, the value and the form."
@@ -169,7 +166,7 @@ def _misfit(x, like):
         parts = ((f'.{k}', v, like.get(k, like.get(f'{k}?', object)))
                  for k,v in x.items())
     for place,v,o in parts:
-        if not _form(o)(v):
+        if not _fits([v], o):
             at,*rest = _misfit(v, o)
             return place+at,*rest
     return '',repr(x),like
@@ -189,7 +186,7 @@ def check_json(
     path # The file, for messages
 ): # `x`
     "A value of a JSON file, if it has its form; `DataError` names the place."
-    if not _form(like)(x):
+    if not _fits([x], like):
         at,found,like = _misfit(x, like)
         raise DataError(path, f'{at.lstrip(".") or "it"} is {found:.60}',
                         _in_words(like))

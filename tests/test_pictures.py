@@ -213,3 +213,23 @@ def test_odd_names_do_not_end_a_search(tmp_path):
     rows = (tmp_path/'out\udcfe'/'search.csv').read_text('utf-8').splitlines()
     assert len(rows) == len(ODD) and 'two\\nlines' in ''.join(rows)
     assert (tmp_path/'out\udcfe'/'search.png').stat().st_size
+
+
+@pytest.mark.parametrize('more', [{}, dict(progressive=True), dict(quality=1, optimize=True), dict(mode='L'), dict(mode='CMYK'),
+    dict(exif=6), dict(exif=3), dict(xmp=6), dict(icc_profile=b'x'*9000), dict(comment=b'\xff\xda'*99), dict(format='PNG'),
+    dict(format='BMP'), dict(format='WEBP'), dict(format='WEBP', exif=8), dict(format='TIFF', exif=5)])
+def test_a_size_is_that_of_the_open_picture_whatever_its_head_says(more, tmp_path):
+    more, f = {'format': 'JPEG'} | more, tmp_path/'a.jpg'
+    im = Image.new(more.pop('mode', 'RGB'), (30, 20))
+    if 'exif' in more:
+        (exif := Image.Exif())[0x0112] = more['exif']
+        more['exif'] = exif
+    if 'xmp' in more: more['xmp'] = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>' % more['xmp'])
+    im.save(f, **more)
+    assert picture_size(f) == open_picture(f).size
+    data = f.read_bytes()
+    for n in (0, 2, 9, 20, 100, 150) if more['format'] == 'JPEG' else ():
+        f.write_bytes(data[:n])
+        with pytest.raises(DataError, match='a.jpg'): picture_size(f) and open_picture(f)

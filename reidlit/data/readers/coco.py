@@ -58,6 +58,20 @@ def _present(images, root, path, verify, dropped):
         else: dropped.add('picture without a file', file.name)
     return found
 
+def _label(o): return f"annotation {o['id']}"
+
+def _corners(found, kept, clip, dropped):
+    "Corners `(B,4)` of annotations' boxes, which are cut, which are left."
+    x,y,w,h = np.reshape([o['bbox'] for o in found], (-1, 4)).astype(float).T
+    whole = np.stack([x, y, x+w, y+h], -1)
+    if not clip: return whole,np.zeros(len(x), bool),np.arange(len(x))
+    sizes = [kept[o['image_id']][1]*2 for o in found]
+    xyxy = whole.clip(0, np.reshape(sizes, (-1, 4)))
+    good = (xyxy[:, :2]<xyxy[:, 2:]).all(1)
+    for b in np.flatnonzero(~good): # says why
+        clip_box(whole[b].tolist(), sizes[b][:2], dropped, _label(found[b]))
+    return xyxy[good],(xyxy!=whole).any(1)[good],np.flatnonzero(good)
+
 def coco(
     images, # The folder of pictures
     annotations, # The JSON file
@@ -72,24 +86,21 @@ def coco(
     (pictures,notes,kinds),d = _lists(path),Dropped()
     chosen = _chosen(kinds, category, path)
     kept = _present(pictures, root, path, verify, d)
-    boxes,other = [],'single one' if crowd else 'crowd'
+    found,other = [],'single one' if crowd else 'crowd'
     for k,o in notes.items():
-        i,label = o['image_id'],f'annotation {k}'
-        if o['category_id'] not in kinds: d.add('box of an unknown category', label)
-        if o['category_id'] not in chosen: continue
-        if i not in kept: d.add('box without a picture', label)
-        elif bool(o.get('iscrowd'))!=crowd: d.add(other, label)
-        else:
-            x,y,w,h = o['bbox']
-            whole = [x, y, x+w, y+h]
-            box = clip_box(whole, kept[i][1], d, label) if clip else whole
-            if box: boxes.append((i, box, box!=whole))
-    if not empty: kept = {i:kept[i] for i in sorted({b[0] for b in boxes})}
-    row = {i:r for r,i in enumerate(kept)}
-    boxes.sort(key=lambda b: row[b[0]])
-    at,xyxy,cut = zip(*boxes) if boxes else ((),)*3
+        i,kind = o['image_id'],o['category_id']
+        if kind not in kinds: d.add('box of an unknown category', _label(o))
+        if kind not in chosen: continue
+        if i not in kept: d.add('box without a picture', _label(o))
+        elif bool(o.get('iscrowd'))!=crowd: d.add(other, _label(o))
+        else: found.append(o)
+    xyxy,cut,left = _corners(found, kept, clip, d)
+    ids = np.array([o['image_id'] for o in found], np.int64)[left]
+    if not empty: kept = {i:kept[i] for i in sorted(set(ids.tolist()))}
+    row = np.searchsorted(list(kept), ids)
+    order = np.argsort(row, kind='stable')
     s = FrameSet([f for f,_ in kept.values()], None, list(kept),
-                 [row[i] for i in at], xyxy, None, cut=cut, name=path.stem,
+                 row[order], xyxy[order], None, cut=cut[order], name=path.stem,
                  dropped=d)
     return finish(s, path, f'pictures that are in {root}', verify)
 
