@@ -319,7 +319,7 @@ def train_command(
     device:str|None=None # cpu, cuda, cuda:1 ...
 ):
     "Train METHOD, keep a checkpoint each epoch, score the test people."
-    changes = choices(set_ or ()) | dict(seed=seed) | _given(epochs=epochs, lr=lr,
+    changes = dict(seed=seed) | choices(set_ or ()) | _given(epochs=epochs, lr=lr,
         backbone=backbone, weights=weights, p=p, variant=variant)
     try: run = train_method(method, data, root, preset, out, resume, device,
         _sources(method, source), people, cameras, pattern=pattern,

@@ -193,13 +193,19 @@ def check_json(
     return x
 
 # %% ../nbs/00a_files.ipynb #182ccfea
+def _each_once(entries):
+    "A dict of its entries, of which JSON would keep the last of two alike."
+    if len(d := dict(entries))==len(entries): return d
+    names = [k for k,_ in entries]
+    raise ValueError(f'{max(names, key=names.count)!r} comes twice')
+
 def parse_json(
     data, # Text or bytes; UTF-8, or what a byte order mark says
     path, # Where it is from, for messages
     like=object # Its form, as `check_json` takes it
 ): # What it holds
     "The value that a JSON text stands for; `DataError` if it is none."
-    try: x = json.loads(data)
+    try: x = json.loads(data, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as e:
         why = str(e) if isinstance(e, ValueError) else 'nested too deeply'
         raise DataError(path, f'not JSON ({why:.99})') from None

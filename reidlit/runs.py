@@ -35,6 +35,9 @@ def _as_kind(name, v, like):
         raise ValueError(f'{name}={v!r}: expected a number like {like}')
     if isinstance(like, (list, tuple)) and not isinstance(v, (list, tuple)):
         raise ValueError(f'{name}={v!r}: expected a list like {list(like)}')
+    if name=='size':
+        if len(v)!=2: raise ValueError(f'size={v!r}: expected height and width')
+        for x in v: as_whole(x, name, 1)
     todo = [v]
     while todo: # numbers in lists, too
         x = todo.pop()
