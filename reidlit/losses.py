@@ -8,6 +8,7 @@ __all__ = ['pairwise_distances', 'batch_labels', 'triplet_masks', 'batch_distanc
 
 # %% ../nbs/11_losses.ipynb #97e6d149
 import math,torch,torch.nn.functional as F
+from numbers import Real
 from .core import as_features,as_labels,check_shapes
 
 # %% ../nbs/11_losses.ipynb #a7ecdb94
@@ -80,7 +81,7 @@ def margin_loss(
 )->torch.Tensor: # The same shape
     "Hinge with a margin, or softplus; `ValueError` for another word."
     if margin=='soft': return F.softplus(gap)
-    if isinstance(margin, str) or not math.isfinite(margin):
+    if not isinstance(margin, Real) or not math.isfinite(margin):
         raise ValueError(f"margin={margin!r}: expected a number or 'soft'")
     return F.relu(gap+margin)
 

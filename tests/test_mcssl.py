@@ -1,5 +1,7 @@
 "MCSSL and its rivals: odd cameras and labels, interruptions, repeats, what is left alone."
 import logging
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -134,6 +136,23 @@ def test_interrupted_runs_end_the_same(run, tmp_path, at):
     again = run(watch=lambda p, e, d: done.append((p, e)), folder=tmp_path, resume=True)
     assert same(weights(whole.detector), weights(again.detector)) and again.history == whole.history
     assert done == [(p, e) for p in PHASES for e in (1, 2)]  # no epoch twice, none left out
+
+
+def test_stopped_at_twenty_random_moments_it_ends_the_same(run, tmp_path):
+    def stop(*_): raise KeyboardInterrupt
+    whole, rng, stopped, start = run(), np.random.default_rng(0), 0, time.perf_counter()
+    assert same(weights(whole.detector), weights(run().detector)) # warm by now
+    took, was = time.perf_counter()-start, signal.signal(signal.SIGALRM, stop)
+    try:
+        for k, share in enumerate(rng.uniform(size=20)):
+            signal.setitimer(signal.ITIMER_REAL, share*took)
+            try: run(folder=tmp_path/str(k))
+            except KeyboardInterrupt: stopped += 1
+            finally: signal.setitimer(signal.ITIMER_REAL, 0)
+            again = run(folder=tmp_path/str(k), resume=True)
+            assert same(weights(whole.detector), weights(again.detector)) and again.history == whole.history
+    finally: signal.signal(signal.SIGALRM, was)
+    assert stopped >= 5
 
 
 def test_checkpoints_of_another_run_are_refused(run, base, tmp_path):

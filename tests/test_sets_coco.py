@@ -44,6 +44,14 @@ def test_reads_people_in_order_of_images(tmp_path):
     assert coco(tmp_path, f, clip=False).xyxy[2].tolist() == [90, 70, 110, 90]
 
 
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    f, _ = made(tmp_path, BOXES)
+    s = coco(tmp_path, f)
+    f.write_text(f.read_text().replace('"id": 42', '"id": 42.0').replace('"image_id": 9,', '"image_id": 9.0,'))
+    same = coco(tmp_path, f)
+    assert same.frames.tolist() == [7, 9, 42] and same.row.tolist() == s.row.tolist() and (same.xyxy == s.xyxy).all()
+
+
 def test_crowds_and_other_categories(tmp_path):
     f, _ = made(tmp_path, BOXES)
     crowd = coco(tmp_path, f, crowd=True)

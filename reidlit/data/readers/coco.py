@@ -54,7 +54,7 @@ def _present(images, root, path, verify, dropped):
         file,size = path_in(root, o['file_name'], path),(o['width'], o['height'])
         size = tuple(map(int, size))
         if os.path.lexists(file):
-            found[i] = file,one_size([file], size, path, verify)
+            found[int(i)] = file,one_size([file], size, path, verify)
         else: dropped.add('picture without a file', file.name)
     return found
 
