@@ -1973,6 +1973,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'reidlit.verdicts._chances': ('verdicts.html#_chances', 'reidlit/verdicts.py'),
                                   'reidlit.verdicts._judged': ('verdicts.html#_judged', 'reidlit/verdicts.py'),
                                   'reidlit.verdicts.differences': ('verdicts.html#differences', 'reidlit/verdicts.py'),
+                                  'reidlit.verdicts.holm': ('verdicts.html#holm', 'reidlit/verdicts.py'),
                                   'reidlit.verdicts.interval': ('verdicts.html#interval', 'reidlit/verdicts.py'),
                                   'reidlit.verdicts.judge': ('verdicts.html#judge', 'reidlit/verdicts.py'),
                                   'reidlit.verdicts.seeds_needed': ('verdicts.html#seeds_needed', 'reidlit/verdicts.py')},

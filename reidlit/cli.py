@@ -678,7 +678,8 @@ def demo_page(
     "The report of a baseline: data, training, search, map, stored results."
     d,learn = run.d,run.learn
     page = Page('reidlit: a search engine for people, trained on this machine',
-        'Everything below was drawn, trained and scored by `make demo`.')
+        'The world, the training and the search were made just now by `make demo`. '
+        'The results of the papers were stored before, and say on what machine.')
     data_section(page, d.train, learn.dls.size)
     frames_section(page, d.world)
     scores_section(page, run.before, run.after, learn.retrieval.history)

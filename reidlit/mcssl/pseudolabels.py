@@ -107,7 +107,8 @@ def pids_of(
     iou:float=.5 # Least overlap with a true box
 )->np.ndarray: # `(N,)` int64, -1 where nobody is
     "Whom boxes show: the person whose true box overlaps most."
-    boxes = as_boxes(boxes); rows = as_labels(rows, 'rows', len(boxes))
+    boxes = as_boxes(boxes, padding=True).astype(np.float32)
+    rows = as_labels(rows, 'rows', len(boxes))
     out = np.full(len(rows), -1)
     for r in np.unique(rows):
         b,true = rows==r,items.row==r

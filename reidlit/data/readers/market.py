@@ -260,5 +260,6 @@ def crop_folder(
     pids,junk = _who(who, root) if who and who[0] is not None else (None, None)
     s = ReidSet(paths, pids, cols.get('camid'), cols.get('tid'),
                 cols.get('frame'), junk, name=root.name, dropped=d)
-    example = f'paths below it like {pattern.pattern}' if pattern else 'pictures'
+    example = 'pictures' if not pattern else \
+        f'paths below it like {pattern.pattern}, from end to end'
     return finish(s, root, example, verify)
