@@ -314,8 +314,8 @@ TURNS = {k:getattr(Image.Transpose, o) for k,o in zip(range(2, 9), (
     'TRANSVERSE', 'ROTATE_90'))} # what EXIF's orientations ask for
 
 def _turn(im):
-    "EXIF's orientation; a PNG's is only looked for where that reads no pixels."
-    known = im.format!='PNG' or 'exif' in im.info
+    "EXIF's orientation; a PNG's if that reads no pixels, a TIFF Pillow turns itself."
+    known = im.format!='TIFF' and (im.format!='PNG' or 'exif' in im.info)
     return im.getexif().get(0x0112) if known else None
 
 def _regular(path):
