@@ -185,6 +185,8 @@ def check_shapes(
     "The letters' sizes; `ValueError` names the argument that does not fit."
     sizes = {}
     for name,(x,spec) in named.items():
+        if not hasattr(x, 'shape'): raise ValueError(
+            f'{name} is a {type(x).__name__}; expected an array ({spec})')
         want,shape = spec.split(),tuple(x.shape)
         error = ValueError(f'{name} has shape {shape}; expected ({spec})')
         if want and want[0]=='...':

@@ -148,7 +148,8 @@ def test_nothing():
     (dict(truths=[[[0, 5, 5, 0]]]), 'truths, picture 0'),
     (dict(ignore=[[True, False]]), 'picture 0: 1 boxes, 2 ignore'),
     (dict(ignore=[]), '0 with ignore'),
-    (dict(ious=[]), 'ious'), (dict(ious=0), 'ious'), (dict(max_dets=0), 'max_dets')])
+    (dict(ious=[]), 'ious'), (dict(ious=0), 'ious'), (dict(max_dets=0), 'max_dets'),
+    (dict(max_dets=float('nan')), 'max_dets'), (dict(max_dets=1.5), 'max_dets')])
 def test_bad_input(change, words):
     args = dict(found=[([[0, 0, 5, 5]], [1.])], truths=[[[0, 0, 5, 5]]]) | change
     with pytest.raises(ValueError) as e:

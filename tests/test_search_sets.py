@@ -653,7 +653,7 @@ def test_iou_needed_is_what_five_pixels_cost():
     (lambda s, f, x, q: (s, f, [o*np.inf for o in x], q), r'features, picture \d: NaN or infinity'),
     (lambda s, f, x, q: (s, f, [o[:-1] for o in x], q), r'picture \d: \d+ boxes, \d+ features'),
     (lambda s, f, x, q: (s, [(b[:, ::-1], c) for b, c in f], x, q), r'found, picture \d: box 0.*not xyxy'),
-    (lambda s, f, x, q: (s, [(b, c*np.nan) for b, c in f], x, q), r'found, picture \d: score 0 is NaN'),
+    (lambda s, f, x, q: (s, [(b, c*np.nan) for b, c in f], x, q), r'found, picture \d: score 0 is nan'),
     (lambda s, f, x, q: (s, [(b, c[:-1]) for b, c in f], x, q), r'found, picture \d, scores has shape'),
     (lambda s, f, x, q: (s, f, [o[0] if len(o) else o for o in x], q), r'picture \d|expected')])
 def test_scores_refuse(change, message):

@@ -281,10 +281,13 @@ def corrected_loss(
     "Cross-entropy, through the correction where labels are not trusted (GLC)."
     check_shapes(logits=(logits, 'N C'), labels=(labels, 'N'), gold=(gold, 'N'),
                  correction=(correction, 'C C'))
+    if not logits.is_cuda: # a GPU does not wait for it
+        as_labels(labels, 'labels', least=0); as_labels(gold, 'gold', dtype=bool)
+        as_scores(correction.flatten(), 'correction')
     p = logits.softmax(-1)
     seen = (p@correction).clamp(min=1e-7).log()
     true = logits.log_softmax(-1)
-    lp = torch.where(gold[:, None], true, seen)
+    lp = torch.where(gold[:, None].bool(), true, seen)
     return F.nll_loss(lp, labels)
 
 # %% ../../nbs/14_detection.detectors.ipynb #84ee3cec

@@ -184,6 +184,8 @@ def nearest_points(
 )->torch.Tensor: # Rows `(M,)`, one for each person and view
     "The point of each person in each view that is nearest to the middle."
     check_shapes(ids=(ids, 'P'), views=(views, 'P'), distance=(distance, 'P'))
+    if not distance.is_cuda and distance.isnan().any():
+        raise ValueError(f'distance: NaN in row {int(distance.isnan().nonzero()[0])}')
     key,i = _groups(ids, views)
     order = distance.argsort(stable=True); rank = order.argsort()
     first = rank.new_full((len(key),), len(ids))

@@ -13,6 +13,7 @@ import numpy as np,torch
 from fastcore.basics import patch
 from torchvision import ops
 from ..core import as_boxes,as_labels
+from ..files import as_whole
 
 # %% ../../nbs/08_metrics.detection.ipynb #15c0c3e2
 def box_iou(
@@ -144,7 +145,7 @@ def detection_ap(
     ious = np.atleast_1d(np.asarray(ious, float))
     if ious.size==0 or not ((ious>0) & (ious<=1)).all():
         raise ValueError(f'ious={ious.tolist()}: expected above 0 to 1')
-    if max_dets<1: raise ValueError(f'max_dets={max_dets}: expected from 1')
+    max_dets = as_whole(max_dets, 'max_dets', 1)
     rows = _check_all(found, truths, ignore)
     n = int(sum((~g).sum() for *_,g in rows))
     n_found = sum(min(len(s), max_dets) for _,s,*_ in rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 import numpy as np,torch
 from torch.nn.functional import normalize
-from ..core import as_boxes,as_features,check_shapes,logger
+from ..core import as_boxes,as_features,as_labels,check_shapes,logger
 from .retrieval import scores_in_words
 
 # %% ../../nbs/07c_metrics.search.ipynb #ee91c0e1
@@ -40,10 +40,9 @@ def _iou(a, b):
 # %% ../../nbs/07c_metrics.search.ipynb #d4738418
 def _scores(x, n, where):
     "A picture's detection scores."
-    s = np.asarray(x.detach().cpu() if torch.is_tensor(x) else x, float)
-    check_shapes(**{f'{where}, scores':(s, f'{n}')})
-    if np.isnan(s).any():
-        raise ValueError(f'{where}: score {np.isnan(s).argmax()} is NaN')
+    s = as_labels(x, f'{where}, scores', n, None).astype(float)
+    if (bad := ~np.isfinite(s)).any():
+        raise ValueError(f'{where}: score {bad.argmax()} is {s[bad][0]}')
     return s
 
 def _pool(items, found, features, least):

@@ -71,9 +71,10 @@ def _rates(pos, neg, t):
 
 def _sorted(x, name):
     "Distances in order; an error if there are none, or not numbers."
-    x = np.sort(np.asarray(x, float))
-    if x.ndim!=1 or not len(x):
-        raise ValueError(f'{name}: shape {x.shape}, expected (n,)')
+    x = as_labels(x, name, dtype=None)
+    if x.dtype.kind not in 'biuf' or not len(x): raise ValueError(
+        f'{name}: {len(x)} values of {x.dtype}, expected real numbers')
+    x = np.sort(x.astype(float))
     if not np.isfinite(x).all(): raise ValueError(f'{name}: NaN or infinity')
     return x
 
