@@ -29,7 +29,7 @@ class Claim(NamedTuple):
     better:str # Variant that should be higher
     worse:str # Variant that should be lower
     metric:str='mAP' # In what
-    margin:float=.01 # A smaller difference counts as none
+    margin:float=.01 # For *equivalent*: nobody would pay for less
     tried:str='' # What was tried, if it does not hold
 
     def __str__(self): return f'{self.better} > {self.worse} in {self.metric}'
@@ -94,7 +94,7 @@ def seeds_needed(
     d, # Differences `(n,)`
     margin:float=.01 # A smaller one counts as none
 )->int|None: # `None`: more than 1,000, or nothing is known of the spread
-    "About how many seeds decide in four of five tries, if mean and spread stay."
+    "About how many seeds decide a claim alone, in four of five tries."
     from statsmodels.stats.power import TTestPower
     d = np.asarray(d, float)
     if len(d)<2 or not (s := d.std(ddof=1)): return None
