@@ -123,7 +123,8 @@ def _claim_of(c, variants, path):
     names = c['claim'].removesuffix(f" in {c['metric']}").split(' > ')
     for k in range(1, len(names)):
         two = (' > '.join(o) for o in (names[:k], names[k:]))
-        claim = Claim(*two, c['metric'], *[c['margin']]*('margin' in c))
+        claim = Claim(*two, c['metric'],
+                      c.get('margin', Claim._field_defaults['margin']))
         if all(c['metric'] in variants.get(v, {}) for v in claim[:2]): return claim
     raise DataError(path, f"claim {c['claim']!r} names no two variants",
                     f'{list(variants)}')

@@ -243,11 +243,11 @@ def claim_rows(
 )->list: # `[{'claim': ..., 'verdict': ...}]`
     "A row a claim: verdict, difference, its interval, seeds that would decide it."
     def row(c):
-        alone,open = c['ci95'] is None,c['verdict']=='undecided'
+        alone,more = c['ci95'] is None,f"{c['needed'] or 'above 1,000'} seeds"
         return dict(claim=c['claim'], verdict=c['verdict'],
             difference=f"{c['mean_diff']:+.3f}",
             interval='one seed' if alone else '{:+.3f} to {:+.3f}'.format(*c['ci95']),
-            needs='' if alone or not open else f"{c['needed'] or 'above 1,000'} seeds")
+            needs='' if alone or c['verdict']!='undecided' else more)
     return [row(c) for c in claims]
 
 # %% ../nbs/17_report.ipynb #07ad604c

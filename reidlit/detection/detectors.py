@@ -255,9 +255,9 @@ def boxes_for(
     "The boxes as tensors; `ValueError` if counts differ, or for a bad box."
     if len(images)!=len(boxes):
         raise ValueError(f'{len(images)} frames, boxes for {len(boxes)}')
-    for i,b in enumerate(boxes): as_boxes(b, f'boxes of frame {i}')
     like = dict(dtype=torch.float32, device=images.device)
-    return [torch.as_tensor(b, **like).reshape(-1, 4) for b in boxes]
+    return [torch.as_tensor(as_boxes(b, f'boxes of frame {i}'), **like)
+            for i,b in enumerate(boxes)]
 
 @patch
 def class_scores(self:FasterRcnn,

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torchvision import ops
 from ..core import as_boxes,as_labels
 from ..files import as_whole
+from .search import finite_scores
 
 # %% ../../nbs/08_metrics.detection.ipynb #15c0c3e2
 def box_iou(
@@ -33,7 +34,7 @@ def match_boxes(
 )->np.ndarray: # `(N,)` int64: the truth each detection takes, or -1
     "Which truth each detection takes, best score first, as COCO matches."
     if not 0<iou<=1: raise ValueError(f'iou={iou}: expected above 0 to 1')
-    s,f = _scores(scores, 'found'),as_boxes(found_xyxy, 'found')
+    s,f = finite_scores(scores, 'found'),as_boxes(found_xyxy, 'found')
     if len(s)!=len(f): raise ValueError(f'{len(f)} boxes, {len(s)} scores')
     over = box_iou(f, as_boxes(truth_xyxy, 'truths'))
     taken = np.full(len(f), -1)
@@ -43,13 +44,6 @@ def match_boxes(
         if over[i, j]>=min(iou, 1-1e-10): taken[i],over[:, j] = j,-1
     return taken
 
-def _scores(scores, name):
-    "Scores as `(N,)` float64; `ValueError` if one is not finite."
-    s = as_labels(scores, f'{name}, scores', dtype=None).astype(float)
-    if (bad := ~np.isfinite(s)).any():
-        raise ValueError(f'{name}: score {bad.argmax()} is {s[bad][0]}')
-    return s
-
 # %% ../../nbs/08_metrics.detection.ipynb #043c88e8
 def precision_recall(
     scores, # How sure the detector is `(N,)`
@@ -57,7 +51,7 @@ def precision_recall(
     n_truths:int # How many there are to find, from 1
 )->tuple: # Precision and recall after each, best score first `(N,)`, `(N,)`
     "The two curves of a ranked list; `ValueError` names what cannot be."
-    s = _scores(scores, 'found'); right = as_labels(right, 'right', len(s), bool)
+    s = finite_scores(scores, 'found'); right = as_labels(right, 'right', len(s), bool)
     if not n_truths>=max(1, right.sum()):
         raise ValueError(f'n_truths={n_truths}, {right.sum()} detections are right')
     hits = right[np.argsort(-s, kind='stable')].cumsum()
@@ -106,7 +100,7 @@ def _check_all(found, truths, ignore):
         if len(pair)!=2:
             raise ValueError(f'found, picture {i}: expected boxes and scores')
         b,s = as_boxes(pair[0], f'found, picture {i}'), \
-              _scores(pair[1], f'found, picture {i}')
+              finite_scores(pair[1], f'found, picture {i}')
         t = as_boxes(t, f'truths, picture {i}')
         g = np.zeros(len(t), bool) if g is None else \
             as_labels(g, f'ignore, picture {i}', dtype=bool)
